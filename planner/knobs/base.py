@@ -1,0 +1,87 @@
+"""What a knob is. Adding an optimization means adding one file beside this one and naming it in ``__init__``.
+
+A knob owns: the values it can take here, where they are refused and why, what they change physically, how they are
+applied through diffusers' own API, and how they are undone exactly. Only ``apply`` may import torch or diffusers.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+from planner.facts import PipelineFacts
+from planner.recipe import Recipe
+from planner.types import Device, KnobValue, Quality, Settings, Workload
+
+Undo = Callable[[], None]
+QUALITY_ORDER: tuple[Quality, ...] = ("exact", "lossless", "lossy")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Context:
+    """All that a knob may look at when it decides: facts, never live modules."""
+
+    facts: PipelineFacts
+    device: Device
+    workload: Workload
+    quality: Quality = "lossless"
+    usable: Mapping[str, str | None] = field(default_factory=dict)
+    """Optional backend (``xformers``, ``torchao``, ``flash`` …) to None when usable, else the reason why it is not.
+    A backend that is not listed is unknown and is refused."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Conflict:
+    """``values`` of this knob cannot be used with ``other_values`` of ``other``."""
+
+    values: frozenset[KnobValue]
+    other: str
+    other_values: frozenset[KnobValue]
+    verdict: Literal["fails", "pointless", "wrong", "untested"]
+    reason: str
+    source: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Site:
+    """Where a knob is applied: the live pipeline and the torch device it will run on."""
+
+    pipe: Any
+    device: Any
+    facts: PipelineFacts
+    settings: Settings
+
+
+class Knob(ABC):
+    """One optimization. Instances are stateless; ``Knob`` subclasses are registered in ``planner.knobs.KNOBS``."""
+
+    name: ClassVar[str]
+    stage: ClassVar[int]
+    """Place in the apply order (ascending); undo runs in exact reverse."""
+    conflicts: ClassVar[tuple[Conflict, ...]] = ()
+
+    @abstractmethod
+    def values(self, context: Context) -> tuple[KnobValue, ...]:
+        """Values worth trying here, the default (pipeline left as it is) first. Never empty."""
+
+    def quality(self, value: KnobValue, context: Context) -> Quality:
+        """Least quality level at which ``value`` may be chosen."""
+        return "exact"
+
+    def refuse(self, value: KnobValue, context: Context) -> str | None:
+        """Why this value cannot be used here whatever the other knobs say, or None. Covers user-fixed values too."""
+        return None
+
+    @abstractmethod
+    def shape(self, recipe: Recipe, value: KnobValue, context: Context) -> Recipe:
+        """The recipe with this value's physical effect."""
+
+    @abstractmethod
+    def apply(self, site: Site, value: KnobValue) -> Undo:
+        """Put the value in force on the live pipeline; the result undoes it exactly. Raises ApplyError."""
+
+    def to_python(self, value: KnobValue, context: Context) -> tuple[str, ...]:
+        """Plain diffusers statements that do the same to a variable ``pipe``."""
+        return ()

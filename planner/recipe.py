@@ -1,0 +1,52 @@
+"""How a pipeline will be executed, in physical terms. Knobs write it, the cost model reads it; neither knows the other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, Self
+
+Offload = Literal["none", "model", "sequential", "group_block", "group_leaf"]
+Attention = Literal["flash", "efficient", "math", "cudnn", "vanilla", "sliced", "default"]
+Fusion = Literal["none", "whole", "regional", "trace"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Recipe:
+    """Physical description of one candidate. Defaults are plain eager execution with everything resident."""
+
+    calls: int = 1
+    """Pipeline calls the batch is split into."""
+    dtype: str | None = None
+    """``fp32 fp16 bf16``; None: as the pipeline is."""
+    attention: Attention = "default"
+    """Kernel class that runs each attention; ``default`` is what torch's SDPA would choose on the device."""
+    vae_slicing: bool | None = None
+    vae_tiling: bool | None = None
+    vae_tile_pixels: int | None = None
+    offload: Offload = "none"
+    offload_stream: bool = False
+    offload_blocks: int = 1
+    offload_disk: bool = False
+    resident: frozenset[str] = frozenset()
+    """Components kept on the device although the rest is offloaded."""
+    fusion: Fusion = "none"
+    fuse_vae: bool = False
+    cuda_graphs: bool = False
+    autotuned: bool = False
+    """``max-autotune``: better matmul kernels, longer compile."""
+    channels_last: bool = False
+    fused_qkv: bool = False
+    tf32: bool = False
+    cudnn_benchmark: bool = False
+    chunked_forward: bool = False
+    weights: Mapping[str, str] = field(default_factory=dict)
+    """Component to weight scheme: ``int8wo fp8wo int8dq fp8dq int4wo nf4 fp8_layerwise``."""
+    steps_factor: float = 1.0
+    """Share of the planned denoising steps that remains (another scheduler)."""
+    denoiser_factor: float = 1.0
+    """Share of denoiser work that remains (caches)."""
+
+    def but(self, **changes: Any) -> Self:
+        """The same recipe with some fields changed."""
+        return replace(self, **changes)
