@@ -1,0 +1,13 @@
+"""Settings every test shares: one thread per operation, quiet libraries, no network."""
+
+import os
+import warnings
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+os.environ.setdefault("DIFFUSERS_VERBOSITY", "error")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# torch's and diffusers' own deprecations are not this project's to fix.
+warnings.filterwarnings("ignore", category=FutureWarning, module=r"(diffusers|transformers|torch|accelerate)\b")
