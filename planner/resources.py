@@ -1,0 +1,27 @@
+"""Where the data folders ``profiles/`` and ``calibration/`` are: in an installed wheel or beside the source checkout."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from planner.errors import ProfileError
+
+_PACKAGE = Path(__file__).resolve().parent
+_ROOTS = (_PACKAGE / "_data", _PACKAGE.parent)
+"""A wheel carries the folders in ``planner/_data`` (setup.py copies them); a checkout has them beside ``planner/``."""
+
+
+def data_path(*parts: str) -> Path:
+    """The bundled file or folder, such as ``data_path("profiles", "gpus")``.
+
+    Raises:
+        ProfileError: it is in neither place.
+    """
+    for root in _ROOTS:
+        candidate = root.joinpath(*parts)
+        if candidate.exists():
+            return candidate
+    looked = " or ".join(str(root) for root in _ROOTS)
+    raise ProfileError(
+        f"bundled data {'/'.join(parts)} is missing; looked in {looked}. The installation is incomplete: reinstall it."
+    )
