@@ -36,13 +36,13 @@ def flow_vae(latents: int = 4, **options: Any) -> AutoencoderKL:
 
 UNET: dict[str, Any] = {
     "block_out_channels": (16, 32), "layers_per_block": 1, "sample_size": 16, "norm_num_groups": 8,
-    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"), "cross_attention_dim": WIDTH, "attention_head_dim": 4,
+    "down_block_types": ("CrossAttnDownBlock2D", "DownBlock2D"), "cross_attention_dim": WIDTH, "attention_head_dim": 4,
 }  # fmt: skip
 
 
 def unet(**options: Any) -> UNet2DConditionModel:
-    """An SD 1.x-like UNet with one plain and one cross-attention level."""
-    base = {**UNET, "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"), **options}
+    """An SD 1.x-like UNet with one cross-attention level and one plain one."""
+    base = {**UNET, "up_block_types": ("UpBlock2D", "CrossAttnUpBlock2D"), **options}
     return UNet2DConditionModel(**base)
 
 
@@ -58,6 +58,7 @@ def controlnet(**options: Any) -> ControlNetModel:
 
 
 XL: dict[str, Any] = {
+    "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
     "attention_head_dim": (2, 4), "use_linear_projection": True, "addition_embed_type": "text_time",
     "addition_time_embed_dim": 8, "transformer_layers_per_block": (1, 2), "cross_attention_dim": 2 * WIDTH,
 }  # fmt: skip
@@ -65,7 +66,8 @@ XL: dict[str, Any] = {
 
 def xl_unet(time_ids: int = 6, **options: Any) -> UNet2DConditionModel:
     """An SDXL-like UNet: two text encoders' width and the size conditioning (`time_ids` numbers of 8 channels each)."""
-    return unet(**{**XL, "projection_class_embeddings_input_dim": 8 * time_ids + WIDTH, **options})
+    up = ("CrossAttnUpBlock2D", "UpBlock2D")
+    return unet(**{**XL, "up_block_types": up, "projection_class_embeddings_input_dim": 8 * time_ids + WIDTH, **options})
 
 
 def picture(width: int = 32, height: int = 32, seed: int = 0, mode: str = "RGB") -> Image.Image:

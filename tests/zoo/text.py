@@ -6,6 +6,7 @@ import string
 from typing import Any
 
 import transformers as tf
+from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 WIDTH = 32
@@ -81,3 +82,102 @@ def clip_images(size: int = 32) -> Any:
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
     return CLIPImageProcessorPil(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
+
+
+CHAT_TEMPLATE = (
+    "{% for m in messages %}<{{ m.role }}> {% if m.content is string %}{{ m.content }}"
+    "{% else %}{% for part in m.content %}{{ part.text }}{% endfor %}{% endif %}\n{% endfor %}"
+)
+
+
+def qwen_tokenizer(length: int = 512) -> tf.Qwen2Tokenizer:
+    """Byte-level BPE without merges, with a chat template."""
+    vocabulary = {piece: number for number, piece in enumerate([*BYTES, "<|endoftext|>"])}
+    made = tf.Qwen2Tokenizer(vocab=vocabulary, merges=[], model_max_length=length)
+    made.chat_template = CHAT_TEMPLATE
+    return made
+
+
+def _characters(*special: str) -> dict[str, int]:
+    return {piece: number for number, piece in enumerate([*special, "▁", *LETTERS])}
+
+
+def gemma_tokenizer(length: int = 512) -> tf.GemmaTokenizer:
+    vocabulary = _characters("<pad>", "<eos>", "<bos>", "<unk>", "<mask>")
+    return tf.GemmaTokenizer(vocab=vocabulary, merges=[], model_max_length=length)
+
+
+def llama_tokenizer(length: int = 256) -> tf.LlamaTokenizer:
+    vocabulary = _characters("<unk>", "<s>", "</s>", "<pad>")
+    return tf.LlamaTokenizer(vocab=vocabulary, merges=[], model_max_length=length, pad_token="<pad>")
+
+
+def glm_tokenizer(length: int = 256) -> tf.PreTrainedTokenizerFast:
+    """Characters behind two marks, as GLM's tokenizer puts them: an empty prompt is still two tokens."""
+    core = Tokenizer(models.BPE(vocab=_characters("<pad>", "<unk>", "[gMASK]", "<sop>"), merges=[], unk_token="<unk>"))
+    core.pre_tokenizer = pre_tokenizers.Metaspace()
+    core.post_processor = processors.TemplateProcessing(
+        single="[gMASK] <sop> $A", special_tokens=[("[gMASK]", 2), ("<sop>", 3)])  # fmt: skip
+    return tf.PreTrainedTokenizerFast(tokenizer_object=core, pad_token="<pad>", unk_token="<unk>",
+                                      padding_side="left", model_max_length=length)  # fmt: skip
+
+
+def bert_tokenizer(length: int = 77) -> tf.BertTokenizer:
+    """WordPiece over single characters, first of a word or not."""
+    letters = string.ascii_lowercase + string.digits + string.punctuation
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *letters, *("##" + letter for letter in letters)]
+    return tf.BertTokenizer(vocab={piece: n for n, piece in enumerate(pieces)}, model_max_length=length)
+
+
+def roberta_tokenizer(length: int = 77) -> tf.RobertaTokenizer:
+    pieces = ["<s>", "<pad>", "</s>", "<unk>", "<mask>", *BYTES]
+    return tf.RobertaTokenizer(vocab={p: n for n, p in enumerate(pieces)}, merges=[], model_max_length=length)
+
+
+def decoder_config(layers: int = 3, **options: Any) -> dict[str, Any]:
+    """Sizes of a decoder-only language model, in the words most of transformers' configurations share."""
+    base: dict[str, Any] = {
+        "vocab_size": TEXT_VOCABULARY, "hidden_size": WIDTH, "intermediate_size": 37, "num_hidden_layers": layers,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 1024,
+        "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+    }  # fmt: skip
+    return {**base, **options}
+
+
+def gemma2_model(**options: Any) -> tf.Gemma2Model:
+    return tf.Gemma2Model(tf.Gemma2Config(**decoder_config(**options)))
+
+
+def qwen3_model(**options: Any) -> tf.Qwen3Model:
+    return tf.Qwen3Model(tf.Qwen3Config(**decoder_config(**options)))
+
+
+def qwen3_causal(**options: Any) -> tf.Qwen3ForCausalLM:
+    return tf.Qwen3ForCausalLM(tf.Qwen3Config(**decoder_config(**options)))
+
+
+def glm_model() -> tf.GlmModel:
+    return tf.GlmModel(tf.GlmConfig(**decoder_config()))
+
+
+def llama_model() -> tf.LlamaModel:
+    return tf.LlamaModel(tf.LlamaConfig(**decoder_config(layers=4)))
+
+
+def bert_model() -> tf.BertModel:
+    return tf.BertModel(tf.BertConfig(vocab_size=TEXT_VOCABULARY, hidden_size=WIDTH, num_hidden_layers=2,
+                                      num_attention_heads=4, intermediate_size=37))  # fmt: skip
+
+
+def qwen25_vl() -> tf.Qwen2_5_VLForConditionalGeneration:
+    text = decoder_config(rope_parameters={"rope_type": "default", "rope_theta": 1e6, "mrope_section": [1, 1, 2]})
+    vision = {"depth": 2, "hidden_size": WIDTH, "intermediate_size": 37, "num_heads": 4, "out_hidden_size": WIDTH,
+              "fullatt_block_indexes": [1]}  # fmt: skip
+    return tf.Qwen2_5_VLForConditionalGeneration(tf.Qwen2_5_VLConfig(text_config=text, vision_config=vision))
+
+
+def mistral3() -> tf.Mistral3ForConditionalGeneration:
+    text = {"model_type": "mistral", **decoder_config()}
+    vision = {"model_type": "pixtral", "hidden_size": WIDTH, "intermediate_size": 37, "num_hidden_layers": 2,
+              "num_attention_heads": 4, "head_dim": 8, "image_size": 32, "patch_size": 8}  # fmt: skip
+    return tf.Mistral3ForConditionalGeneration(tf.Mistral3Config(text_config=text, vision_config=vision))
