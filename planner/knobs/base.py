@@ -62,6 +62,10 @@ class Knob(ABC):
     """Place in the apply order (ascending); undo runs in exact reverse."""
     conflicts: ClassVar[tuple[Conflict, ...]] = ()
 
+    def order(self, settings: Settings) -> int:
+        """Place in the apply order under these settings; ``stage`` unless another knob's value moves it."""
+        return self.stage
+
     @abstractmethod
     def values(self, context: Context) -> tuple[KnobValue, ...]:
         """Values worth trying here, the default (pipeline left as it is) first. Never empty."""
@@ -72,6 +76,18 @@ class Knob(ABC):
 
     def refuse(self, value: KnobValue, context: Context) -> str | None:
         """Why this value cannot be used here whatever the other knobs say, or None. Covers user-fixed values too."""
+        return None
+
+    def check(self, value: KnobValue) -> KnobValue:
+        """The value in canonical form, whatever the pipeline. Raises UsageError when the word can never be meant."""
+        return value
+
+    def settle(self, value: KnobValue, settings: Settings, context: Context) -> KnobValue:
+        """The value that has the same effect and is simplest, given the others: a tile size without tiling is none."""
+        return value
+
+    def clash(self, value: KnobValue, settings: Settings, context: Context) -> Conflict | None:
+        """A conflict that fixed value lists cannot express, or None."""
         return None
 
     @abstractmethod

@@ -1,0 +1,92 @@
+"""``dtype``: the floating type of all components, modules that must stay in float32 respected."""
+
+from __future__ import annotations
+
+from planner.knobs.base import Context, Knob, Site, Undo
+from planner.knobs.words import as_word
+from planner.recipe import Recipe
+from planner.types import DTYPES, KnobValue, Quality
+
+TORCH_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+FP16_BREAKS = {
+    # Class name prefix of a component: what happens in float16, where it was reported.
+    "FluxTransformer": "values overflow without clipping, Fill paints black (diffusers#9097, diffusers#10533)",
+    "ZImageTransformer": "NaN and black images (Tongyi-MAI/Z-Image#14)",
+    "QwenImageTransformer": "NaN (comfyanonymous/ComfyUI#10751)",
+    "StableCascadeUNet": "broken in float16 (diffusers#6970)",
+    "AutoencoderKLMiniMaxH3": "keeps float32 weights and decodes under autocast at twice the memory (diffusers#14746)",
+}
+
+
+class Dtype(Knob):
+    """fp32, fp16 or bf16 for the whole pipeline: most pipelines demand one dtype of encoder, denoiser and VAE."""
+
+    name = "dtype"
+    stage = 20
+
+    def check(self, value: KnobValue) -> KnobValue:
+        return as_word(self.name, value, DTYPES)
+
+    def values(self, context: Context) -> tuple[KnobValue, ...]:
+        now = context.facts.dtype
+        others = [dtype for dtype in DTYPES if dtype != now and self.refuse(dtype, context) is None]
+        return (now, *others)
+
+    def quality(self, value: KnobValue, context: Context) -> Quality:
+        return "exact" if value == context.facts.dtype else "lossless"
+
+    def refuse(self, value: KnobValue, context: Context) -> str | None:
+        if value == context.facts.dtype:
+            return None
+        quantized = [component.name for component in context.facts.components if component.quantization]
+        if quantized:
+            return f"{', '.join(quantized)}: already quantized, `.to(dtype)` raises or casts only a part"
+        if context.facts.offload != "none":
+            return (
+                f"the pipeline already runs under {context.facts.offload} offload, whose host copies keep the old dtype"
+            )
+        if value == "bf16":
+            return _refuse_bf16(context)
+        return _refuse_fp16(context) if value == "fp16" else None
+
+    def shape(self, recipe: Recipe, value: KnobValue, context: Context) -> Recipe:
+        return recipe if value == context.facts.dtype else recipe.but(dtype=value)
+
+    def apply(self, site: Site, value: KnobValue) -> Undo:
+        from planner.knobs import live
+
+        if value == site.facts.dtype:
+            return live.nothing
+        import torch
+
+        from planner.knobs import live_cast
+
+        return live_cast.cast(site, getattr(torch, TORCH_NAMES[str(value)]))
+
+    def to_python(self, value: KnobValue, context: Context) -> tuple[str, ...]:
+        if value == context.facts.dtype:
+            return ()
+        kept = [component.name for component in context.facts.components if component.keep_in_fp32]
+        note = f"  # load with dtype= instead to keep float32 parts of {', '.join(kept)}" if kept else ""
+        return (f"pipe.to(torch.{TORCH_NAMES[str(value)]}){note}",)
+
+
+def _refuse_bf16(context: Context) -> str | None:
+    capability = context.device.compute_capability
+    if context.device.kind == "cuda" and (capability is None or capability < (8, 0)):
+        return f"bfloat16 needs compute capability 8.0, {context.device.name} has {_dotted(capability)}"
+    return None
+
+
+def _refuse_fp16(context: Context) -> str | None:
+    if context.device.kind == "cpu":
+        return "float16 on a CPU is converted to float32 and back in most kernels; bf16 needs as little memory"
+    for component in context.facts.components:
+        for prefix, reason in FP16_BREAKS.items():
+            if component.class_name.startswith(prefix):
+                return f"{component.name} ({component.class_name}): {reason}"
+    return None
+
+
+def _dotted(capability: tuple[int, int] | None) -> str:
+    return "an unknown one" if capability is None else f"{capability[0]}.{capability[1]}"
