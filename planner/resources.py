@@ -1,4 +1,4 @@
-"""Where the data folders ``profiles/`` and ``calibration/`` are: in an installed wheel or beside the source checkout."""
+"""Where the data folders ``profiles/`` and ``calibration/`` are: in an installed wheel or beside the checkout."""
 
 from __future__ import annotations
 
