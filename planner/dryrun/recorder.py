@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import torch
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -308,11 +309,12 @@ def finish(frame: Frame, component: str, method: str, modules: tuple[str, ...], 
     """Close a frame and turn its rows into a :class:`CallTrace`."""
     frame.open = False
     count = len(frame.rows)
-    _fill_live(frame, 6, [(born, died if died is not None else count, size)
-                          for born, died, size in zip(frame.born, frame.died, frame.bytes, strict=True)])  # fmt: skip
+    spans = [(born, died if died is not None else count, size)
+             for born, died, size in zip(frame.born, frame.died, frame.bytes, strict=True)]  # fmt: skip
+    _fill_live(frame, 6, spans)
     _fuse(frame)
     return CallTrace(component, method, columns_from_rows([tuple(row) for row in frame.rows]), modules, shapes,
-                     output_bytes, input_bytes, tuple(sorted(frame.fallbacks)))  # fmt: skip
+                     output_bytes, input_bytes, tuple(sorted(frame.fallbacks)), np.array(spans, dtype=np.int64).reshape(-1, 3))  # fmt: skip
 
 
 def _fill_live(frame: Frame, column: int, spans: list[tuple[int, int, int]]) -> None:

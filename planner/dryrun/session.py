@@ -6,6 +6,7 @@ import contextlib
 import copy
 import random
 import threading
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -39,6 +40,7 @@ class Invocation:
     run: Callable[..., Any]
     args: Any
     kwargs: Any
+    dtype: torch.dtype | None
     answer: Any = None
     trace: CallTrace | None = None
 
@@ -71,7 +73,7 @@ class Session:
 
     def run(self, inputs: Mapping[str, Any]) -> PipelineTrace:
         """Call the pipeline once with ``inputs`` and return the trace. Whatever its code raises comes out."""
-        with self._tracing(), _quiet_random():
+        with self._tracing(), _quiet():
             output = self.pipe(**_private_inputs(inputs))
             tail = self._glue_event(-1, 0)
         traces = tuple(call.trace for call in self.invocations if call.trace is not None)
@@ -81,8 +83,13 @@ class Session:
     def retrace(self, call: int) -> CallTrace:
         """Trace a recorded call again, with its component in whatever state it is now."""
         invocation = self.invocations[call]
-        with self._tracing(), _quiet_random(), torch.no_grad():
+        owner, now = self.pipe.__dict__[invocation.component], self._state_of(invocation.component)
+        with self._tracing(), _quiet(), torch.no_grad():
+            if now != invocation.dtype:
+                owner.to(invocation.dtype)
             _, trace = self._trace(invocation)
+            if now != invocation.dtype:
+                owner.to(now)
         return trace
 
     @contextlib.contextmanager
@@ -118,7 +125,7 @@ class Session:
         if index is None:
             label = method if not path else f"{path}.{method}" if method != "forward" else path
             meta_args, meta_kwargs = _convert(args, _to_meta, {}), _convert(kwargs, _to_meta, {})
-            invocation = Invocation(component, path, label, module, run, meta_args, meta_kwargs)
+            invocation = Invocation(component, path, label, module, run, meta_args, meta_kwargs, self._state_of(component))
             invocation.answer, invocation.trace = self._trace(invocation)
             index = self._keys[key] = len(self.invocations)
             self.invocations.append(invocation)
@@ -257,13 +264,18 @@ def _patched() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _quiet_random() -> Iterator[None]:
-    """Leave every random state as it was."""
-    python, numpy_state = random.getstate(), np.random.get_state()
-    with torch.random.fork_rng(devices=[]):
+def _quiet() -> Iterator[None]:
+    """Leave every random state as it was, and say nothing that a real run will say again."""
+    from diffusers.utils import logging
+
+    python, numpy_state, verbosity = random.getstate(), np.random.get_state(), logging.get_verbosity()
+    logging.set_verbosity_error()
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        warnings.simplefilter("ignore")
         try:
             yield
         finally:
+            logging.set_verbosity(verbosity)
             random.setstate(python)
             np.random.set_state(numpy_state)
 

@@ -61,6 +61,8 @@ class CallTrace:
     output_bytes: int
     input_bytes: int
     fallbacks: tuple[str, ...] = ()
+    spans: Ints = field(default_factory=lambda: np.zeros((0, 3), dtype=np.int64))
+    """One row per storage: operation before which it was allocated, operation before which it was freed, bytes."""
 
     def __getattr__(self, name: str) -> NDArray[Any]:
         try:
@@ -145,6 +147,7 @@ def to_arrays(trace: PipelineTrace) -> tuple[dict[str, Any], dict[str, NDArray[A
         heads.append({"key": key, "component": call.component, "method": call.method, "modules": call.modules, "shapes": call.shapes,
                       "output_bytes": call.output_bytes, "input_bytes": call.input_bytes, "fallbacks": call.fallbacks})  # fmt: skip
         arrays |= {f"{key}:{name}": column for name, column in call.columns.items()}
+        arrays[f"{key}:spans"] = call.spans
     arrays["events"] = _event_rows([*trace.events, trace.tail])
     header = {"calls": heads, "steps": trace.steps, "to_host_bytes": trace.to_host_bytes, "batch_size": trace.batch_size,
               "dtype": trace.dtype, "notes": trace.notes, "output_shape": trace.output_shape}  # fmt: skip
@@ -158,7 +161,7 @@ def from_arrays(header: dict[str, Any], arrays: Any) -> PipelineTrace:
     for head in header["calls"]:
         columns = {name: arrays[f"{head['key']}:{name}"] for name in _COLUMNS}
         call = CallTrace(head["component"], head["method"], columns, tuple(head["modules"]), tuple(head["shapes"]),
-                         int(head["output_bytes"]), int(head["input_bytes"]), tuple(head["fallbacks"]))  # fmt: skip
+                         int(head["output_bytes"]), int(head["input_bytes"]), tuple(head["fallbacks"]), arrays[f"{head['key']}:spans"])  # fmt: skip
         index, _, mode = head["key"].partition("|")
         if mode:
             variants[int(index), mode] = call

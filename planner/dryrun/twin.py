@@ -94,7 +94,7 @@ def _stand_in_for(value: Any, twins: dict[int, Any]) -> Any:
         made = _light_processor(value)
     elif isinstance(value, list) and any(isinstance(item, nn.Module) for item in value):
         made = [_stand_in_for(item, twins) for item in value]
-    elif isinstance(value, dict):
+    elif type(value) is dict:
         made = dict(value)
     else:
         made = value

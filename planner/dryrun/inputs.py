@@ -1,0 +1,134 @@
+"""The arguments of one pipeline call: the user's own, the workload's sizes, and stand-ins for what neither gives."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from typing import Any
+
+from planner.errors import UnsupportedPipeline, UsageError
+from planner.types import Workload
+
+BATCH_ARGUMENTS = ("num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_per_prompt", "num_audios_per_prompt", "batch_size")
+PROMPT = "a photograph of an astronaut riding a horse"
+_SIZES = ("height", "width", "num_frames", "num_inference_steps", "guidance_scale")
+_IMAGES = ("image", "mask_image", "control_image", "init_image", "source_image", "conditioning_image", "original_image", "input_image",
+           "image_reference", "reference_image", "last_image", "video", "adapter_image", "depth_map", "image_pair")  # fmt: skip
+
+
+def call_parameters(pipe: Any) -> Mapping[str, inspect.Parameter]:
+    """Parameters of the pipeline's ``__call__``."""
+    return inspect.signature(type(pipe).__call__).parameters
+
+
+def batch_argument(pipe: Any) -> str | None:
+    """The call argument that multiplies the batch, if there is one."""
+    parameters = call_parameters(pipe)
+    return next((name for name in BATCH_ARGUMENTS if name in parameters), None)
+
+
+def batch_of(pipe: Any, inputs: Mapping[str, Any]) -> int:
+    """Samples that these arguments ask for: prompts times images per prompt."""
+    count = len(inputs["prompt"]) if isinstance(inputs.get("prompt"), list | tuple) else 1
+    embeds = inputs.get("prompt_embeds")
+    if count == 1 and embeds is not None and getattr(embeds, "ndim", 0) >= 2:
+        count = int(embeds.shape[0])
+    argument = batch_argument(pipe)
+    return count * int(inputs.get(argument) or 1) if argument else count
+
+
+def complete_workload(pipe: Any, workload: Workload, inputs: Mapping[str, Any]) -> Workload:
+    """The workload with what the user's own arguments say. Raises UsageError where both speak and disagree."""
+    found: dict[str, Any] = {}
+    for name in _SIZES:
+        asked, given = getattr(workload, name), inputs.get(name)
+        if asked is not None and isinstance(given, int | float) and asked != given:
+            raise UsageError(f"{name}: the workload says {asked}, inputs say {given}; give it once.")
+        if asked is None and isinstance(given, int | float) and not isinstance(given, bool):
+            found[name] = given
+    return workload.model_copy(update=found | {"batch_size": _batch(pipe, workload.batch_size, inputs)})
+
+
+def _batch(pipe: Any, asked: int, inputs: Mapping[str, Any]) -> int:
+    given = batch_of(pipe, inputs)
+    argument = batch_argument(pipe)
+    if asked in (1, given):
+        return given
+    if argument is None and given == 1 and "prompt" in call_parameters(pipe):
+        return asked
+    if argument is not None and inputs.get(argument) is None and asked % given == 0:
+        return asked
+    what = f"the inputs ask for {given}" if given > 1 else f"{type(pipe).__name__} has no argument that makes more than one"
+    raise UsageError(f"batch_size {asked} cannot be had: {what}. Pass a list of prompts of that length, or leave batch_size out.")
+
+
+def call_arguments(pipe: Any, workload: Workload, inputs: Mapping[str, Any], with_images: bool = False) -> dict[str, Any]:
+    """Arguments for one call of ``pipe``. ``with_images`` also fills image arguments that have a default of None.
+
+    Raises:
+        UsageError: the workload has a size that this pipeline's call does not take.
+        UnsupportedPipeline: a required argument that no stand-in is known for.
+    """
+    parameters = call_parameters(pipe)
+    arguments = dict(inputs)
+    for name in _SIZES:
+        value = getattr(workload, name)
+        if value is not None and name not in arguments:
+            if name not in parameters:
+                if name in ("height", "width"):
+                    continue  # the size then comes from the image that the call gets
+                raise UsageError(f"{type(pipe).__name__} takes no {name}; leave it out.")
+            arguments[name] = value
+    _add_prompt(pipe, parameters, workload, arguments)
+    for name, parameter in parameters.items():
+        required = parameter.default is inspect.Parameter.empty and parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
+        if name in arguments or name == "self":
+            continue
+        if name in _IMAGES and (required or with_images):
+            arguments[name] = _picture(pipe, name, workload)
+        elif required:
+            raise UnsupportedPipeline(f"{type(pipe).__name__} needs {name!r} and no stand-in for it is known; pass inputs={{'{name}': …}}.")
+    return arguments
+
+
+def _add_prompt(pipe: Any, parameters: Mapping[str, Any], workload: Workload, arguments: dict[str, Any]) -> None:
+    argument = batch_argument(pipe)
+    given = batch_of(pipe, arguments)
+    has_prompt = any(name.startswith("prompt") for name in arguments) or ("image_embeds" in arguments and "prompt" not in parameters)
+    if "prompt" in parameters and not has_prompt:
+        arguments["prompt"] = PROMPT if argument or workload.batch_size == 1 else [PROMPT] * workload.batch_size
+        given = batch_of(pipe, arguments)
+    if argument and given != workload.batch_size and workload.batch_size % max(given, 1) == 0:
+        arguments[argument] = workload.batch_size // given * int(arguments.get(argument) or 1)
+    elif not argument and given != workload.batch_size and isinstance(arguments.get("prompt"), str):
+        arguments["prompt"] = [arguments["prompt"]] * workload.batch_size
+
+
+def _picture(pipe: Any, name: str, workload: Workload) -> Any:
+    from PIL import Image
+
+    width, height = _picture_size(pipe, workload)
+    mode = "L" if "mask" in name else "RGB"
+    picture = Image.new(mode, (width, height), 255 if mode == "L" else (127, 127, 127))
+    return [picture] * (workload.num_frames or 16) if name == "video" else picture
+
+
+def _picture_size(pipe: Any, workload: Workload) -> tuple[int, int]:
+    side = _default_side(pipe)
+    return workload.width or side[0], workload.height or side[1]
+
+
+def _default_side(pipe: Any) -> tuple[int, int]:
+    parameters = call_parameters(pipe)
+    defaults = [parameters[name].default if name in parameters else None for name in ("width", "height")]
+    if all(isinstance(value, int) for value in defaults):
+        return defaults[0], defaults[1]
+    sample = getattr(pipe, "default_sample_size", None)
+    if sample is None:
+        denoiser = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)
+        sample = getattr(getattr(denoiser, "config", None), "sample_size", None)
+    factor = getattr(pipe, "vae_scale_factor", 8)
+    if not isinstance(sample, int) or not isinstance(factor, int):
+        return 512, 512
+    upscales = "Upscale" in type(pipe).__name__
+    return (sample, sample) if upscales else (sample * factor, sample * factor)

@@ -1,0 +1,172 @@
+"""From a pipeline and a workload to traces in every dtype, batch and VAE mode that the search may ask for."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+
+from planner.dryrun.inputs import call_arguments, complete_workload
+from planner.dryrun.operations import TORCH_DTYPES
+from planner.dryrun.session import Session
+from planner.dryrun.trace import PipelineTrace
+from planner.errors import PlannerError, UnsupportedPipeline
+from planner.types import Workload
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class VaeMode:
+    """How the VAE works on its input; the text form names the mode in ``PipelineTrace.variants``."""
+
+    slicing: bool = False
+    tile_pixels: int | None = None
+    """None: no tiling; 0: tiling with the tile size the VAE is configured for."""
+
+    @property
+    def text(self) -> str:
+        parts = ["slice"] if self.slicing else []
+        if self.tile_pixels is not None:
+            parts.append(f"tile={self.tile_pixels}" if self.tile_pixels else "tile")
+        return "+".join(parts)
+
+
+@dataclass(slots=True)
+class DryRun:
+    """Traces of one pipeline for one workload, made when asked for and kept."""
+
+    pipe: Any
+    workload: Workload
+    inputs: Mapping[str, Any] = field(default_factory=dict)
+    _sessions: dict[tuple[str | None, int], tuple[Session, PipelineTrace]] = field(default_factory=dict)
+    _with_images: bool = False
+
+    def __post_init__(self) -> None:
+        self.workload = complete_workload(self.pipe, self.workload, self.inputs)
+
+    def trace(self, dtype: str | None = None, batch_size: int | None = None, modes: tuple[VaeMode, ...] = ()) -> PipelineTrace:
+        """The trace in ``dtype`` (None: as the pipeline is) of one call with ``batch_size``, its VAE calls also in ``modes``.
+
+        Raises:
+            UnsupportedPipeline: the pipeline's code did not get through with these inputs; says where it stopped.
+            UsageError: the workload does not fit the pipeline's call.
+        """
+        batch = batch_size or self.workload.batch_size
+        key = (dtype, batch)
+        if key not in self._sessions:
+            self._sessions[key] = self._run(dtype, batch)
+        session, trace = self._sessions[key]
+        wanted = {mode.text: mode for mode in modes if mode.text}
+        for index, invocation in enumerate(session.invocations):
+            module = session.pipe.__dict__.get(invocation.component)
+            if not (hasattr(module, "use_tiling") or hasattr(module, "use_slicing")):
+                continue
+            for text, mode in wanted.items():
+                if (index, text) not in trace.variants:
+                    with _vae_mode(module, mode):
+                        trace.variants[index, text] = session.retrace(index)
+        return trace
+
+    def _run(self, dtype: str | None, batch: int) -> tuple[Session, PipelineTrace]:
+        workload = self.workload.model_copy(update={"batch_size": batch})
+        inputs = _split_inputs(self.inputs, self.workload.batch_size // batch if batch else 1)
+        attempts = [self._with_images] if self._with_images else [False, True]
+        failure: Exception | None = None
+        for with_images in attempts:
+            session = Session.of(self.pipe)
+            if dtype is not None:
+                cast_meta(session.pipe, dtype)
+            try:
+                arguments = call_arguments(self.pipe, workload, inputs, with_images)
+                arguments = cast_inputs(arguments, dtype)
+                trace = session.run(arguments)
+            except PlannerError:
+                raise
+            except Exception as error:
+                failure = failure or error
+                logger.debug("dry run failed", exc_info=True)
+                continue
+            self._with_images = with_images
+            return session, replace(trace, batch_size=batch, dtype=dtype or _dtype_of(session.pipe), notes=_notes(with_images))
+        assert failure is not None
+        name = type(self.pipe).__name__
+        raise UnsupportedPipeline(
+            f"{name}: its call did not get through the dry run: {type(failure).__name__}: {_first_line(failure)}. "
+            "Pass the arguments of your own call as inputs={…}; if it still stops, please report it with that message."
+        ) from failure
+
+
+def _notes(with_images: bool) -> tuple[str, ...]:
+    return ("image arguments were filled with stand-in pictures of the default size",) if with_images else ()
+
+
+def cast_meta(pipe: Any, dtype: str) -> None:
+    """Cast the floating weights of a shadow pipeline, keeping what the class keeps in fp32 (``_keep_in_fp32_modules``)."""
+    target = TORCH_DTYPES[dtype]
+    for module in vars(pipe).values():
+        if not isinstance(module, torch.nn.Module):
+            continue
+        keep = tuple(getattr(module, "_keep_in_fp32_modules", None) or ())
+        library = type(module).__module__.split(".")[0]
+        if library == "transformers" and dtype != "fp16":
+            keep = ()
+        for name, parameter in module.named_parameters():
+            if parameter.is_floating_point() and parameter.dtype.itemsize > 1:
+                wanted = torch.float32 if any(part in name.split(".") for part in keep) else target
+                parameter.data = parameter.data.to(wanted)
+        for part in module.modules():
+            for name, buffer in part._buffers.items():
+                if buffer is not None and buffer.is_floating_point():
+                    part._buffers[name] = buffer.to(target)
+
+
+def cast_inputs(arguments: dict[str, Any], dtype: str | None) -> dict[str, Any]:
+    """Embeddings that the user passes follow the dtype of the pipeline they are passed to."""
+    if dtype is None:
+        return arguments
+    target = TORCH_DTYPES[dtype]
+    return {name: value.to(target) if isinstance(value, torch.Tensor) and value.is_floating_point() and "embeds" in name else value
+            for name, value in arguments.items()}  # fmt: skip
+
+
+def _split_inputs(inputs: Mapping[str, Any], parts: int) -> dict[str, Any]:
+    """The first of ``parts`` equal shares of a call: lists of prompts and batched tensors are cut, counts divided."""
+    from planner.batching import share
+
+    return share(inputs, parts)[0] if parts > 1 else dict(inputs)
+
+
+def _dtype_of(pipe: Any) -> str:
+    from planner.dryrun.facts import read_facts
+
+    return read_facts(pipe).dtype
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0][:300] if str(error).strip() else "no message"
+
+
+@contextlib.contextmanager
+def _vae_mode(module: Any, mode: VaeMode) -> Iterator[None]:
+    """A meta VAE in another mode, and back: the switches that the knobs use, on a module nobody else sees."""
+    from planner.knobs.vae import tile_sizes
+
+    saved = {name: value for name, value in vars(module).items() if name.startswith(("tile_", "use_"))}
+    if hasattr(module, "use_slicing"):
+        module.use_slicing = mode.slicing
+    if hasattr(module, "use_tiling"):
+        module.use_tiling = mode.tile_pixels is not None
+        own = getattr(module, "tile_sample_min_size", None) or getattr(module, "tile_sample_min_height", None)
+        if mode.tile_pixels and own:
+            for name, size in tile_sizes(module, mode.tile_pixels, int(own)).items():
+                setattr(module, name, size)
+    try:
+        yield
+    finally:
+        for name, value in saved.items():
+            object.__setattr__(module, name, value)
