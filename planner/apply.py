@@ -40,7 +40,7 @@ class Applied:
         left = self.before.differences(self.pipe)
         if left:
             shown = "; ".join(left[:5]) + (f"; and {len(left) - 5} more" if len(left) > 5 else "")
-            raise ApplyError(f"undo left the pipeline changed: {shown}. Load it again.") from (failures or [None])[0]
+            raise ApplyError(f"undo left the pipeline changed: {shown}. Load it again.") from (failures[0] if failures else None)
 
 
 def apply_settings(pipe: Any, settings: Settings, device: Any, facts: PipelineFacts) -> Applied:
@@ -84,9 +84,12 @@ def _roll_back(applied: Applied) -> list[BaseException]:
         _, undo = applied.steps.pop()
         try:
             undo()
-        except Exception as error:
+        except BaseException as error:  # a second Ctrl-C must not leave half of the hooks in place
             failures.append(error)
     applied.before.restore(applied.pipe)
+    for failure in failures:
+        if not isinstance(failure, Exception):
+            raise failure
     return failures
 
 
