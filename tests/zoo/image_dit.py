@@ -9,9 +9,24 @@ import diffusers as df
 from .case import family, image_call
 from .parts import flow_vae, picture, vae
 from .text import (
-    WIDTH, bert_model, bert_tokenizer, clip_text, clip_text_projected, clip_tokenizer, gemma2_model, gemma_tokenizer,
-    glm_model, glm_tokenizer, mistral3, qwen3_causal, qwen3_model, qwen25_vl, qwen_tokenizer, t5_encoder,
-    t5_tokenizer, umt5_encoder,
+    WIDTH,
+    bert_model,
+    bert_tokenizer,
+    clip_text,
+    clip_text_projected,
+    clip_tokenizer,
+    gemma2_model,
+    gemma_tokenizer,
+    glm_model,
+    glm_tokenizer,
+    mistral3,
+    qwen3_causal,
+    qwen3_model,
+    qwen25_vl,
+    qwen_tokenizer,
+    t5_encoder,
+    t5_tokenizer,
+    umt5_encoder,
 )  # fmt: skip
 
 KIND = "image_dit"

@@ -101,7 +101,7 @@ def gligen() -> Any:
     return df.StableDiffusionGLIGENPipeline(**sd_parts(unet=unet(attention_type="gated")))
 
 
-@family(KIND, lambda: image_call(ip_adapter_image=picture(), ip_adapter_image_embeds=...), slow=False)
+@family(KIND, lambda: image_call(ip_adapter_image=picture()))
 def sd15_image_encoder() -> Any:
     """Stable Diffusion with an IP-Adapter: a vision encoder in front of the UNet's second cross attention."""
     from diffusers.models.embeddings import ImageProjection

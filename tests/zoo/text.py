@@ -77,6 +77,10 @@ def clip_vision(**options: Any) -> tf.CLIPVisionModelWithProjection:
     return tf.CLIPVisionModelWithProjection(vision_config(**options))
 
 
+def clip_vision_plain(**options: Any) -> tf.CLIPVisionModel:
+    return tf.CLIPVisionModel(vision_config(**options))
+
+
 def clip_images(size: int = 32) -> Any:
     """The image processor in front of `clip_vision`."""
     from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -181,3 +185,36 @@ def mistral3() -> tf.Mistral3ForConditionalGeneration:
     vision = {"model_type": "pixtral", "hidden_size": WIDTH, "intermediate_size": 37, "num_hidden_layers": 2,
               "num_attention_heads": 4, "head_dim": 8, "image_size": 32, "patch_size": 8}  # fmt: skip
     return tf.Mistral3ForConditionalGeneration(tf.Mistral3Config(text_config=text, vision_config=vision))
+
+
+def clap_config() -> dict[str, Any]:
+    """Sizes of CLAP: a RoBERTa for text and a Swin for sound, both tiny."""
+    text = {"vocab_size": TEXT_VOCABULARY, "hidden_size": WIDTH, "intermediate_size": 37, "num_hidden_layers": 2,
+            "num_attention_heads": 4, "max_position_embeddings": 80, "projection_dim": WIDTH,
+            "bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2}  # fmt: skip
+    audio = {"spec_size": 64, "window_size": 4, "num_mel_bins": 64, "patch_size": 4, "patch_stride": [4, 4],
+             "patch_embeds_hidden_size": 8, "hidden_size": 64, "depths": [1, 1], "num_attention_heads": [2, 2],
+             "projection_dim": WIDTH, "num_classes": 2}  # fmt: skip
+    return {"text_config": text, "audio_config": audio, "projection_dim": WIDTH}
+
+
+def clap_model() -> tf.ClapModel:
+    return tf.ClapModel(tf.ClapConfig(**clap_config()))
+
+
+def clap_text() -> tf.ClapTextModelWithProjection:
+    return tf.ClapTextModelWithProjection(tf.ClapTextConfig(**clap_config()["text_config"]))
+
+
+def gpt2(**options: Any) -> tf.GPT2LMHeadModel:
+    return tf.GPT2LMHeadModel(tf.GPT2Config(**{
+        "n_embd": WIDTH, "n_layer": 2, "n_head": 4, "vocab_size": TEXT_VOCABULARY, "n_ctx": 99, "n_positions": 99,
+        **options}))  # fmt: skip
+
+
+def vocoder(**options: Any) -> tf.SpeechT5HifiGan:
+    """Turns an 8-band spectrogram into sound, 4 samples for each column."""
+    return tf.SpeechT5HifiGan(tf.SpeechT5HifiGanConfig(**{
+        "model_in_dim": 8, "sampling_rate": 16000, "upsample_initial_channel": 16, "upsample_rates": [2, 2],
+        "upsample_kernel_sizes": [4, 4], "resblock_kernel_sizes": [3, 7],
+        "resblock_dilation_sizes": [[1, 3, 5], [1, 3, 5]], "normalize_before": False, **options}))  # fmt: skip
