@@ -18,8 +18,8 @@ FLOP_PER_CLOCK_AND_SM: dict[tuple[int, int], dict[str, int]] = {
     (9, 0): {"fp32": 256, "tf32": 2048, "fp16": 4096, "bf16": 4096, "fp8": 8192, "int8": 8192},
     (12, 0): {"fp32": 256, "tf32": 256, "fp16": 512, "bf16": 512, "fp8": 1024, "int8": 2048},
 }
-"""Dense, with fp32 accumulation: NVIDIA's whitepapers of Pascal to Blackwell. Where GeForce and workstation cards of one
-compute capability differ, the lower GeForce rate."""
+"""Dense, with fp32 accumulation: NVIDIA's whitepapers of Pascal to Blackwell. Where GeForce and workstation cards of
+one compute capability differ, the lower GeForce rate."""
 CORES_PER_SM = {(6, 0): 64, (6, 1): 128, (7, 0): 64, (7, 5): 64, (8, 0): 64, (8, 6): 128, (8, 9): 128, (9, 0): 128}
 CORES_PER_SM |= {(12, 0): 128}
 """CUDA C++ Programming Guide, arithmetic instructions."""

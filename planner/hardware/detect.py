@@ -40,9 +40,7 @@ def detect_devices(library: Any = None, environ: Mapping[str, str] | None = None
     return DetectedDevices(devices=(*devices, cpu_device()), problems=tuple(problems), host=host)
 
 
-def detect_device(
-    spec: Any = None, *, library: Any = None, torch: Any = None, environ: Mapping[str, str] | None = None
-) -> Device:
+def detect_device(spec: Any = None, *, library: Any = None, torch: Any = None, environ: Mapping[str, str] | None = None) -> Device:
     """The device a plan is for: ``None`` (CUDA when there is one, else CPU), ``"cuda:1"``, ``"cpu"`` or a torch.device.
 
     ``library`` and ``torch`` stand in for pynvml and torch in tests. ``free_bytes`` counts blocks that torch caches
@@ -82,9 +80,7 @@ def _read(library: Any) -> tuple[NvmlReport, list[str]]:
     return report, list(report.problems)
 
 
-def _cuda_unusable(
-    torch: Any, report: NvmlReport, environ: Mapping[str, str] | None, problems: list[str]
-) -> str | None:
+def _cuda_unusable(torch: Any, report: NvmlReport, environ: Mapping[str, str] | None, problems: list[str]) -> str | None:
     """Why no CUDA device can be used, None when one can."""
     if torch is not None and torch.cuda.is_available():
         return None
@@ -100,7 +96,7 @@ def _cuda_unusable(
 
 
 def torch_without_cuda(torch: Any = None) -> str | None:
-    """A sentence when the installed torch has no CUDA, else None. Reads ``torch/version.py`` instead of importing it."""
+    """Why the installed torch has no CUDA, None when it has. Reads ``torch/version.py`` instead of importing it."""
     if torch is not None:
         version, cuda = getattr(torch, "__version__", "?"), torch.version.cuda
     else:
@@ -174,9 +170,7 @@ def _torch_device(index: int | None, torch: Any, report: NvmlReport, host: HostM
     count = torch.cuda.device_count()
     index = torch.cuda.current_device() if index is None else index
     if index >= count:
-        raise HardwareError(
-            f"cuda:{index} is not there; torch sees {count} CUDA device(s), the last is cuda:{count - 1}."
-        )
+        raise HardwareError(f"cuda:{index} is not there; torch sees {count} CUDA device(s), the last is cuda:{count - 1}.")
     properties = torch.cuda.get_device_properties(index)
     free, total = torch.cuda.mem_get_info(index)
     free += torch.cuda.memory_reserved(index) - torch.cuda.memory_allocated(index)

@@ -116,8 +116,8 @@ def _session(library: Any) -> Iterator[None]:
     try:
         library.nvmlInit()
     except (library.NVMLError, OSError) as error:
-        code = getattr(error, "value", None)
-        raise HardwareError(f"NVML: {_INIT_REASONS.get(code, f'cannot be started: {error}')}.") from error
+        reason = _INIT_REASONS.get(getattr(error, "value", -1), f"cannot be started: {error}")
+        raise HardwareError(f"NVML: {reason}.") from error
     try:
         yield
     except library.NVMLError as error:
@@ -188,9 +188,7 @@ def _processes(library: Any, handle: Any) -> tuple[GpuProcess, ...] | None:
     return tuple(GpuProcess(pid=pid, used_bytes=used) for pid, used in sorted(found.items())) if answered else None
 
 
-def _mig_instances(
-    library: Any, index: int, parent: Any, parent_name: str, parent_total_bytes: int
-) -> tuple[NvmlDevice, ...]:
+def _mig_instances(library: Any, index: int, parent: Any, parent_name: str, parent_total_bytes: int) -> tuple[NvmlDevice, ...]:
     """The MIG devices that exist now; slots without one answer "not found"."""
     instances = []
     for slot in range(_ask(library, "nvmlDeviceGetMaxMigDeviceCount", parent) or 0):

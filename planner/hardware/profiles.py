@@ -212,9 +212,7 @@ def _choice_note(name: str, chosen: GpuProfile, gpus: tuple[GpuProfile, ...]) ->
 
 
 def _unknown_message(name: str, wanted: str, gpus: tuple[GpuProfile, ...]) -> str:
-    spellings = {
-        _normalise(text): gpu.name for gpu in gpus for text in (gpu.name, *gpu.aliases, *gpu.commonest_of, gpu.family)
-    }
+    spellings = {_normalise(text): gpu.name for gpu in gpus for text in (gpu.name, *gpu.aliases, *gpu.commonest_of, gpu.family)}
     close = difflib.get_close_matches(wanted, spellings, n=6, cutoff=0.5)
     nearest = list(dict.fromkeys(spellings[key] for key in close))
     hint = f"Nearest: {', '.join(nearest)}." if nearest else "No name is near it."
@@ -224,11 +222,7 @@ def _unknown_message(name: str, wanted: str, gpus: tuple[GpuProfile, ...]) -> st
 def match_gpu(reported_name: str, total_bytes: int) -> GpuProfile | None:
     """The profile of a detected card: NVML's exact name, and its memory where several share that name."""
     wanted = _normalise(reported_name)
-    named = [
-        gpu
-        for gpu in load_gpus()
-        if wanted in {_normalise(text) for text in (gpu.reported_name, gpu.name, *gpu.aliases)}
-    ]
+    named = [gpu for gpu in load_gpus() if wanted in {_normalise(text) for text in (gpu.reported_name, gpu.name, *gpu.aliases)}]
     near = [gpu for gpu in named if abs(total_bytes / gpu.total_bytes - 1) <= SAME_MEMORY_TOLERANCE]
     return min(near, key=lambda gpu: abs(gpu.total_bytes - total_bytes), default=None)
 
