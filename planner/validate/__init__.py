@@ -17,9 +17,7 @@ from planner.validate.rows import PublishedRow, Row, Torch2Row, read_table
 from planner.validate.stats import RowResult, Statistics
 
 
-def run(
-    path: str | Path, predict: Predict, *, out: str | Path | None = None, plot_path: str | Path | None = None
-) -> Report:
+def run(path: str | Path, predict: Predict, *, out: str | Path | None = None, plot_path: str | Path | None = None) -> Report:
     """Validate a table in either format; write JSON lines to ``out`` and a picture to ``plot_path`` when given.
 
     Raises:

@@ -45,9 +45,7 @@ def express(row: Row) -> Case | Unexpressed:
 
 def _refusal(row: Row, reason: str) -> Unexpressed:
     series, source = (_series(row), row.source) if isinstance(row, PublishedRow) else ("torch2", TORCH2_SOURCE)
-    return Unexpressed(
-        row=_name(row), series=series, source=source, metric=row.metric, measured=row.value, reason=reason
-    )
+    return Unexpressed(row=_name(row), series=series, source=source, metric=row.metric, measured=row.value, reason=reason)
 
 
 def _name(row: Row) -> str:
@@ -103,9 +101,7 @@ def _memory_format(row: PublishedRow, name: str) -> Knobs:
     return knobs
 
 
-def _settings(
-    row: PublishedRow, name: str, subject: Subject, model: str
-) -> tuple[Knobs, Remarks, str | None, list[str]]:
+def _settings(row: PublishedRow, name: str, subject: Subject, model: str) -> tuple[Knobs, Remarks, str | None, list[str]]:
     knobs, library, notes = _dtype(row, name, subject, model)
     remarks = read_remarks(row.other, row.notes, str(knobs["dtype"]), name)
     attention, more = parse_attention(row.attention, row.torch_version)

@@ -93,7 +93,7 @@ def render_text(report: Report) -> str:
 
 def row_record(result: RowResult) -> dict[str, Any]:
     """The eight published fields of a row. ``id`` is the row's number (an integer) where the table has no ids."""
-    name: str | int = int(result.row) if result.row.isdigit() else result.row
+    name: str | int = int(result.row) if result.numbered else result.row
     values = (name, result.metric, result.measured, result.predicted, result.low, result.high)
     return dict(zip(_FIELDS, (*values, result.expressed, result.reason), strict=True))
 
@@ -129,9 +129,7 @@ def plot(report: Report, path: str | Path) -> None:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError as error:
-        raise UsageError(
-            "A plot needs matplotlib, which is not installed; run: pip install 'diffusers-planner[plot]'."
-        ) from error
+        raise UsageError("A plot needs matplotlib, which is not installed; run: pip install 'diffusers-planner[plot]'.") from error
     drawn = {name: [r for r in report.rows if r.metric == name and r.error is not None and r.predicted] for name in
              report.by_metric}  # fmt: skip
     panels = {name: rows for name, rows in drawn.items() if rows}

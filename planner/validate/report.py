@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 
+from planner.errors import PlannerError
 from planner.types import Frozen
 from planner.validate.case import Case, Prediction, Unexpressed
 from planner.validate.express import express
 from planner.validate.order import Ordering, faster, faster_of_any, ladders
-from planner.validate.rows import Row
+from planner.validate.rows import PublishedRow, Row
 from planner.validate.stats import Confusion, RowResult, Statistics, confusion, statistics
 
 Predict = Callable[[Case], Prediction]
@@ -26,6 +27,10 @@ class Report(Frozen):
     faster: Ordering
     faster_of_any: Ordering
     ladders: dict[str, Ordering]
+
+
+def _numbered(row: Row) -> bool:
+    return not (isinstance(row, PublishedRow) and row.id)
 
 
 def _plan(case: Case) -> str:
@@ -48,7 +53,7 @@ def _result(row: Row, case: Case, prediction: Prediction) -> RowResult:
     if prediction.value is None and reason is None:
         reason = "no prediction was made"
     return RowResult(
-        row=case.row, line=row.line, series=case.series, source=case.source, metric=case.metric,
+        row=case.row, numbered=_numbered(row), line=row.line, series=case.series, source=case.source, metric=case.metric,
         measured=case.measured, predicted=prediction.value, low=prediction.low, high=prediction.high,
         expressed=prediction.value is not None, reason=reason if prediction.value is None else None,
         fits=prediction.fits if row.gpu else None, tolerance=case.tolerance, gpu=case.gpu,
@@ -59,6 +64,7 @@ def _result(row: Row, case: Case, prediction: Prediction) -> RowResult:
 def _refused(row: Row, refusal: Unexpressed) -> RowResult:
     return RowResult(
         row=refusal.row,
+        numbered=_numbered(row),
         line=row.line,
         series=refusal.series,
         source=refusal.source,
@@ -91,10 +97,17 @@ def summarize(results: Sequence[RowResult]) -> Report:
     )
 
 
+def _predicted(case: Case, predict: Predict) -> Prediction:
+    try:
+        return predict(case)
+    except PlannerError as error:
+        return Prediction(reason=str(error))
+
+
 def validate(rows: Iterable[Row], predict: Predict) -> Report:
-    """Predict every row. ``predict`` answers a case in the row's unit, or gives a reason; it must not raise."""
+    """Predict every row. ``predict`` answers a case in the row's unit; a PlannerError it raises becomes the reason."""
     results = []
     for row in rows:
         case = express(row)
-        results.append(_refused(row, case) if isinstance(case, Unexpressed) else _result(row, case, predict(case)))
+        results.append(_refused(row, case) if isinstance(case, Unexpressed) else _result(row, case, _predicted(case, predict)))
     return summarize(results)

@@ -41,7 +41,9 @@ def _finite_above_or_at_zero(value: float) -> float:
     return value
 
 
-Count = Annotated[Annotated[int, Field(ge=1, le=1_000_000)] | None, BeforeValidator(_blank_to_none)]
+# Upper limits are those of planner.types.Workload.
+Batch = Annotated[Annotated[int, Field(ge=1, le=4096)] | None, BeforeValidator(_blank_to_none)]
+Count = Annotated[Annotated[int, Field(ge=1, le=65536)] | None, BeforeValidator(_blank_to_none)]
 Flag = Annotated[bool | None, BeforeValidator(_yes_no)]
 Text = Annotated[str, AfterValidator(str.strip)]
 Value = Annotated[float, AfterValidator(_finite_above_or_at_zero)]
@@ -61,7 +63,7 @@ class PublishedRow(Frozen):
     width: Count = None
     frames: Count = None
     steps: Count = None
-    batch_size: Count = None
+    batch_size: Batch = None
     cfg: Flag = None
     dtype: Text = ""
     attention: Text = ""

@@ -12,6 +12,8 @@ class RowResult(Frozen):
     """What one row came to. ``expressed`` is true only where a prediction stands beside the measurement."""
 
     row: str
+    numbered: bool = False
+    """``row`` is the row's number, because the table has no id for it."""
     line: int
     series: str
     source: str
