@@ -91,6 +91,8 @@ class PipelineFacts(Frozen):
     vae_shares_dtype: bool = True
     """The pipeline never casts latents for its VAE, so both must have one dtype."""
 
+    default_steps: int | None = None
+    """Default of the call's ``num_inference_steps``."""
     scheduler: str | None = None
     scheduler_compatibles: tuple[str, ...] = ()
     """Scheduler classes that load from this scheduler's config."""

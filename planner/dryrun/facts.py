@@ -50,6 +50,7 @@ def read_facts(pipe: Any) -> PipelineFacts:
         has_fuse_qkv_method=hasattr(cls, "fuse_qkv_projections"),
         batch_argument=next((name for name in BATCH_ARGUMENTS if name in _call_parameters(cls)), None),
         vae_shares_dtype="vae.dtype" not in source,
+        default_steps=_default_steps(cls),
         scheduler=None if scheduler is None else type(scheduler).__name__,
         scheduler_compatibles=tuple(sorted(getattr(type(scheduler), "_compatibles", ()))),
     )
@@ -294,5 +295,10 @@ def _pipeline_source(cls: Any) -> str:
         return ""
 
 
-def _call_parameters(cls: Any) -> frozenset[str]:
-    return frozenset(inspect.signature(cls.__call__).parameters)
+def _call_parameters(cls: Any) -> dict[str, inspect.Parameter]:
+    return dict(inspect.signature(cls.__call__).parameters)
+
+
+def _default_steps(cls: Any) -> int | None:
+    steps = _call_parameters(cls).get("num_inference_steps")
+    return steps.default if steps is not None and isinstance(steps.default, int) else None

@@ -6,24 +6,38 @@ from planner.errors import UsageError
 from planner.knobs.attention import Attention
 from planner.knobs.base import Conflict, Context, Knob, Site, Undo
 from planner.knobs.batch_split import BatchSplit
+from planner.knobs.cache import Cache
 from planner.knobs.channels_last import ChannelsLast
+from planner.knobs.chunked_forward import ChunkedForward
 from planner.knobs.compile import Compile
 from planner.knobs.dtype import Dtype
+from planner.knobs.fuse_qkv import FuseQkv
 from planner.knobs.offload import Offload, OffloadBlocks, OffloadDisk, OffloadStream
+from planner.knobs.precision import CudnnBenchmark, Tf32
+from planner.knobs.quantization import Quantization
+from planner.knobs.scheduler import Scheduler, Steps
 from planner.knobs.vae import VaeSlicing, VaeTile, VaeTiling
 from planner.knobs.words import nearest
 from planner.types import KnobValue, Settings
 
 _ALL: tuple[Knob, ...] = (
+    Tf32(),
+    CudnnBenchmark(),
+    Scheduler(),
+    Steps(),
     BatchSplit(),
     Dtype(),
+    FuseQkv(),
+    Quantization(),
     ChannelsLast(),
+    ChunkedForward(),
     Attention(),
     Compile(),
     Offload(),
     OffloadStream(),
     OffloadBlocks(),
     OffloadDisk(),
+    Cache(),
     VaeSlicing(),
     VaeTiling(),
     VaeTile(),

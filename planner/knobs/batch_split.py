@@ -19,9 +19,7 @@ class BatchSplit(Knob):
 
     def values(self, context: Context) -> tuple[KnobValue, ...]:
         batch = context.workload.batch_size
-        return tuple(
-            calls for calls in range(1, batch + 1) if batch % calls == 0 and self.refuse(calls, context) is None
-        )
+        return tuple(calls for calls in range(1, batch + 1) if batch % calls == 0 and self.refuse(calls, context) is None)
 
     def refuse(self, value: KnobValue, context: Context) -> str | None:
         calls, batch = int(value), context.workload.batch_size

@@ -16,9 +16,7 @@ ANY = frozenset(COMPILES) - {"none"}
 TRIED = "tried on torch 2.13, accelerate 1.15, diffusers 0.42.1"
 
 
-def _conflict(
-    values: frozenset[str], other: str, others: set[KnobValue], verdict: str, why: str, source: str
-) -> Conflict:
+def _conflict(values: frozenset[str], other: str, others: set[KnobValue], verdict: str, why: str, source: str) -> Conflict:
     return Conflict(
         values=frozenset(values),
         other=other,
@@ -46,9 +44,7 @@ class Compile(Knob):
             "CUDA graphs need weights that stay in one place",
             "expected, untried",
         ),
-        _conflict(
-            frozenset({"jit-trace"}), "offload", {"model", *GROUP}, "untested", "hooks are not traced", "untried"
-        ),
+        _conflict(frozenset({"jit-trace"}), "offload", {"model", *GROUP}, "untested", "hooks are not traced", "untried"),
         _conflict(frozenset({"jit-trace"}), "fuse_qkv", {True}, "untested", "superseded by compile", "untried"),
     )
 

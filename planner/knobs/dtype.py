@@ -42,9 +42,7 @@ class Dtype(Knob):
         if quantized:
             return f"{', '.join(quantized)}: already quantized, `.to(dtype)` raises or casts only a part"
         if context.facts.offload != "none":
-            return (
-                f"the pipeline already runs under {context.facts.offload} offload, whose host copies keep the old dtype"
-            )
+            return f"the pipeline already runs under {context.facts.offload} offload, whose host copies keep the old dtype"
         if value == "bf16":
             return _refuse_bf16(context)
         return _refuse_fp16(context) if value == "fp16" else None

@@ -61,8 +61,4 @@ def kept_in_fp32(module: nn.Module, dtype: torch.dtype) -> set[str]:
 
 
 def _computed_buffers(module: nn.Module) -> set[str]:
-    return {
-        f"{path}.{name}" if path else name
-        for path, part in module.named_modules()
-        for name in part._non_persistent_buffers_set
-    }
+    return {f"{path}.{name}" if path else name for path, part in module.named_modules() for name in part._non_persistent_buffers_set}

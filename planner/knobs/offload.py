@@ -39,9 +39,7 @@ class Offload(Knob):
         if context.device.kind == "cpu":
             return "the weights already are where they are computed: on the CPU"
         if value == "model" and not set(facts.offload_sequence) & {part.name for part in facts.components}:
-            return (
-                f"{facts.class_name} sets no model_cpu_offload_seq, enable_model_cpu_offload raises ({PIPELINE_UTILS})"
-            )
+            return f"{facts.class_name} sets no model_cpu_offload_seq, enable_model_cpu_offload raises ({PIPELINE_UTILS})"
         if value == "sequential":
             return _refuse_sequential(context)
         return _refuse_group(str(value), context) if value in GROUP else None
@@ -190,9 +188,7 @@ def group_type(component: ComponentFacts, offload: str) -> GroupType | None:
 def _refuse_sequential(context: Context) -> str | None:
     for part in context.facts.components:
         if part.quantization in ("gguf", "bitsandbytes", "quanto"):
-            return (
-                f"{part.name}: {part.quantization} weights break sequential offload (diffusers#14691, #10800, #10526)"
-            )
+            return f"{part.name}: {part.quantization} weights break sequential offload (diffusers#14691, #10800, #10526)"
     return None
 
 
