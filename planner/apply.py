@@ -21,7 +21,8 @@ class Applied:
     pipe: Any
     settings: dict[str, KnobValue]
     before: Snapshot
-    steps: list[tuple[str, Undo]] = field(default_factory=list)
+    steps: list[Undo] = field(default_factory=list)
+    """What undoes each change, in the order of the changes."""
 
     @property
     def in_force(self) -> bool:
@@ -54,13 +55,15 @@ def apply_settings(pipe: Any, settings: Settings, device: Any, facts: PipelineFa
         KeyboardInterrupt: after rolling back.
     """
     chosen = parse_settings(settings)
-    site = Site(pipe=pipe, device=device, facts=facts, settings=chosen)
     applied = Applied(pipe=pipe, settings=chosen, before=Snapshot.of(pipe))
+    site = Site(pipe=pipe, device=device, facts=facts, settings=chosen, started=applied.steps)
     current = "none"
     try:
         for each in in_order(chosen):
             current = f"{each.name}={chosen[each.name]}"
-            applied.steps.append((each.name, each.apply(site, chosen[each.name])))
+            undo = each.apply(site, chosen[each.name])
+            if undo not in applied.steps:
+                applied.steps.append(undo)
     except Exception as error:
         _roll_back(applied)
         _give_back_memory()
@@ -81,7 +84,7 @@ def _roll_back(applied: Applied) -> list[BaseException]:
     """Undo all steps in reverse; a step that fails does not keep the others from being undone."""
     failures: list[BaseException] = []
     while applied.steps:
-        _, undo = applied.steps.pop()
+        undo = applied.steps.pop()
         try:
             undo()
         except BaseException as error:  # a second Ctrl-C must not leave half of the hooks in place

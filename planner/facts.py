@@ -34,6 +34,8 @@ class ComponentFacts(Frozen):
     """Bytes of the whole component as stored now (quantized weights: their real storage)."""
     linear_parameters: int = 0
     leaves: tuple[Leaf, ...] = ()
+    tied_weights: bool = False
+    """One tensor belongs to several modules."""
     block_paths: tuple[str, ...] = ()
     """Children of the top-level ModuleLists/Sequentials: what block-level group offload moves."""
     convolutions_2d: int = 0

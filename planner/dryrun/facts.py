@@ -98,11 +98,21 @@ def own_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
         yield name, tensor
 
 
+def _storage_key(tensor: torch.Tensor) -> tuple[int, int]:
+    """One key for all that is one tensor: tied weights are separate objects once accelerate offloads them."""
+    try:
+        address = tensor.data_ptr()
+    except RuntimeError:  # a wrapper around several tensors
+        address = 0
+    return (address, tensor.numel()) if address and tensor.numel() else (id(tensor), -1)
+
+
 def read_component(name: str, module: nn.Module) -> ComponentFacts:
     """Facts of one component."""
     cls = type(module)
-    tensors = {id(tensor): tensor for part in module.modules() for _, tensor in own_tensors(part)}
-    parameters = {id(tensor): tensor for tensor in module.parameters()}
+    owned = [tensor for part in module.modules() for _, tensor in own_tensors(part)]
+    tensors = {_storage_key(tensor): tensor for tensor in owned}
+    parameters = {_storage_key(tensor): tensor for tensor in module.parameters()}
     attention = _attention_facts(module)
     return ComponentFacts(
         name=name,
@@ -113,6 +123,7 @@ def read_component(name: str, module: nn.Module) -> ComponentFacts:
         parameters=sum(tensor.numel() for tensor in parameters.values()),
         weight_bytes=sum(tensor_bytes(tensor) for tensor in tensors.values()),
         leaves=tuple(_leaves(module)),
+        tied_weights=len(tensors) < len(owned),
         block_paths=_block_paths(module),
         convolutions_2d=sum(isinstance(part, nn.Conv2d | nn.ConvTranspose2d) for part in module.modules()),
         convolutions_3d=sum(isinstance(part, nn.Conv3d | nn.ConvTranspose3d) for part in module.modules()),

@@ -52,6 +52,8 @@ class Site:
     device: Any
     facts: PipelineFacts
     settings: Settings
+    started: list[Undo] = field(default_factory=list)
+    """Ways back of every change, registered before it begins: an interruption at any point finds them here."""
 
 
 class Knob(ABC):

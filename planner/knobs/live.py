@@ -24,16 +24,21 @@ def reversible(site: Site, change: Callable[[], None], official: Callable[[], No
     """Run ``change``; the result runs ``official`` (the library's own way back) and then restores what it left over.
 
     When ``change`` raises, whatever it did is undone before the exception goes on. ``official`` must bear a change
-    that happened only in part.
+    that happened only in part. Undoing twice does nothing.
     """
     snapshot = Snapshot.of(site.pipe)
+    pending = [True]
 
     def undo() -> None:
+        if not pending:
+            return
+        pending.clear()
         try:
             official()
         finally:
             snapshot.restore(site.pipe)
 
+    site.started.append(undo)
     try:
         with quiet():
             change()

@@ -56,10 +56,12 @@ def group(site: Site, offload: str) -> Undo:
         for component in site.facts.components:
             module = pipeline_modules(site.pipe)[component.name]
             kind = group_type(component, offload)
+            # With tied weights the second group would write what the first has already emptied.
+            path = None if folder is None or component.tied_weights else folder / component.name
             if kind is None:
                 place_module(module, indexed(site.device))
             else:
-                _enable_group(site, module, kind, None if folder is None else folder / component.name)
+                _enable_group(site, module, kind, path)
 
     def official() -> None:
         _disable_groups(site)

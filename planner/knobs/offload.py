@@ -126,7 +126,11 @@ class OffloadBlocks(Knob):
 
 
 class OffloadDisk(Knob):
-    """Group offload keeps the weights in files instead of host memory: a fresh directory per component and plan."""
+    """Group offload keeps the weights in files instead of host memory: a fresh directory per component and plan.
+
+    Components with tied weights stay in host memory: diffusers would write the second of two groups that share a
+    tensor after emptying it for the first (``ModuleGroup._offload_to_disk``; tried).
+    """
 
     name = "offload_disk"
     stage = 83
@@ -140,8 +144,8 @@ class OffloadDisk(Knob):
     def refuse(self, value: KnobValue, context: Context) -> str | None:
         if not value:
             return None
-        if context.device.kind == "cpu":
-            return "there is no group offload on a CPU"
+        if context.device.kind != "cuda":
+            return "group offload to disk loads straight to a CUDA device; safetensors knows no other here"
         quantized = [part.name for part in context.facts.components if part.quantization]
         if quantized:
             return f"{quantized[0]}: quantized weights cannot be written to safetensors files ({GROUP_OFFLOADING})"
