@@ -170,12 +170,12 @@ def test_every_family_of_several_has_one_commonest():
 
 @pytest.mark.parametrize("asked", ["RTX 4091", "A1000", "RTX 40900", "NVIDIA", "", "RTX"])
 def test_an_unknown_name_is_refused_and_never_taken_for_a_near_one(asked):
-    with pytest.raises(HardwareError, match="not among the .* known ones"):
+    with pytest.raises(HardwareError, match=r"not among the .* known ones"):
         find_gpu(asked)
 
 
 def test_the_refusal_lists_the_nearest_names():
-    with pytest.raises(HardwareError, match="Nearest: .*NVIDIA GeForce RTX 4090"):
+    with pytest.raises(HardwareError, match=r"Nearest: .*NVIDIA GeForce RTX 4090"):
         find_gpu("RTX 4091")
     with pytest.raises(HardwareError, match="No name is near it"):
         find_gpu("Voodoo")
