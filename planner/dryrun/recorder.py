@@ -150,9 +150,11 @@ class Recorder(TorchDispatchMode):
         key = self._memo_key(func, args, kwargs, tensors)
         known = self._memo.get(key) if key is not None else None
         if known is not None:
-            row, specs = known
+            row, text, specs = known
             outs = [torch.empty_strided(shape, stride, dtype=dtype, device=META) for shape, stride, dtype in specs]
-            self._append(list(row), tensors, outs)
+            row = list(row)
+            row[13] = self._shape_id(text)
+            self._append(row, tensors, outs)
             return outs[0] if len(outs) == 1 else tuple(outs)
         lifted_args, lifted_kwargs = _lift(args, kwargs, tensors)
         try:
@@ -165,7 +167,8 @@ class Recorder(TorchDispatchMode):
         if key is not None and row is not None:
             outs = list(out) if isinstance(out, tuple | list) else [out]
             if all(isinstance(item, torch.Tensor) for item in outs):
-                self._memo[key] = (row, [(tuple(item.shape), item.stride(), item.dtype) for item in outs])
+                text = operations.signature_text(func, lifted_args, lifted_kwargs)
+                self._memo[key] = (row, text, [(tuple(item.shape), item.stride(), item.dtype) for item in outs])
         return out
 
     def _memo_key(self, func: Any, args: Any, kwargs: Any, tensors: list[torch.Tensor]) -> Any:
@@ -280,7 +283,7 @@ class Functions(TorchFunctionMode):
         kwargs = kwargs or {}
         if func is torch.nn.functional.scaled_dot_product_attention:
             return self._attention(func, args, kwargs)
-        if func in _TO_HOST and not self.recorder.inside:
+        if func in _TO_HOST and (not self.recorder.inside or (func is not torch.Tensor.cpu and args[0].device.type == "meta")):
             return self._to_host(func, args, kwargs)
         return func(*args, **kwargs)
 
@@ -293,7 +296,9 @@ class Functions(TorchFunctionMode):
 
     def _to_host(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         tensor = args[0]
-        if func is torch.Tensor.cpu and tensor.dtype in _FLOATING | {torch.uint8}:
+        if self.recorder.inside:
+            self.recorder.frame.fallbacks.add(f"{func.__name__}: computed values are read, answered with zeros")
+        elif func is torch.Tensor.cpu and tensor.dtype in _FLOATING | {torch.uint8}:
             self.recorder.to_host_bytes += tensor.numel() * tensor.element_size()
         if tensor.device.type == "meta":
             tensor = torch.zeros((), dtype=tensor.dtype).expand(tensor.shape)

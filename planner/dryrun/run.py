@@ -13,27 +13,11 @@ import torch
 from planner.dryrun.inputs import call_arguments, complete_workload
 from planner.dryrun.operations import TORCH_DTYPES
 from planner.dryrun.session import Session
-from planner.dryrun.trace import PipelineTrace
+from planner.dryrun.trace import PipelineTrace, VaeMode
 from planner.errors import PlannerError, UnsupportedPipeline
 from planner.types import Workload
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class VaeMode:
-    """How the VAE works on its input; the text form names the mode in ``PipelineTrace.variants``."""
-
-    slicing: bool = False
-    tile_pixels: int | None = None
-    """None: no tiling; 0: tiling with the tile size the VAE is configured for."""
-
-    @property
-    def text(self) -> str:
-        parts = ["slice"] if self.slicing else []
-        if self.tile_pixels is not None:
-            parts.append(f"tile={self.tile_pixels}" if self.tile_pixels else "tile")
-        return "+".join(parts)
 
 
 @dataclass(slots=True)
@@ -61,15 +45,15 @@ class DryRun:
         if key not in self._sessions:
             self._sessions[key] = self._run(dtype, batch)
         session, trace = self._sessions[key]
-        wanted = {mode.text: mode for mode in modes if mode.text}
+        wanted = {mode.text: mode for mode in modes if mode.text and mode.text not in trace.modes}
         for index, invocation in enumerate(session.invocations):
             module = session.pipe.__dict__.get(invocation.component)
-            if not (hasattr(module, "use_tiling") or hasattr(module, "use_slicing")):
-                continue
-            for text, mode in wanted.items():
-                if (index, text) not in trace.variants:
-                    with _vae_mode(module, mode):
-                        trace.variants[index, text] = session.retrace(index)
+            if hasattr(module, "use_tiling") or hasattr(module, "use_slicing"):
+                for mode in wanted.values():
+                    _add_variant(session, trace, index, module, mode)
+        if wanted:
+            trace = replace(trace, modes=trace.modes | set(wanted))
+            self._sessions[key] = session, trace
         return trace
 
     def _run(self, dtype: str | None, batch: int) -> tuple[Session, PipelineTrace]:
@@ -99,6 +83,14 @@ class DryRun:
             f"{name}: its call did not get through the dry run: {type(failure).__name__}: {_first_line(failure)}. "
             "Pass the arguments of your own call as inputs={…}; if it still stops, please report it with that message."
         ) from failure
+
+
+def _add_variant(session: Session, trace: PipelineTrace, call: int, module: Any, mode: VaeMode) -> None:
+    try:
+        with _vae_mode(module, mode):
+            trace.variants[call, mode.text] = session.retrace(call)
+    except Exception as error:
+        trace.refused[call, mode.text] = f"{type(error).__name__}: {_first_line(error)}"
 
 
 def _notes(with_images: bool) -> tuple[str, ...]:

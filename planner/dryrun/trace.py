@@ -5,14 +5,17 @@ A trace is exact about shapes, so FLOPs, bytes and lifetimes are facts; what the
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum
 from functools import cached_property
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import Field
+
+from planner.types import Frozen
 
 Ints = NDArray[np.int64]
 Floats = NDArray[np.float64]
@@ -37,8 +40,37 @@ class Kind(IntEnum):
 DTYPES = ("fp32", "fp16", "bf16", "fp64", "fp8", "int8", "int64", "int32", "bool", "other")
 DTYPE_CODES = {name: code for code, name in enumerate(DTYPES)}
 
-_COLUMNS = ("kind", "dtype", "flops", "read_bytes", "write_bytes", "param_bytes", "live_bytes", "new_bytes", "fused_read_bytes",
-            "fused_write_bytes", "fused_live_bytes", "fused_head", "module", "shape", "d0", "d1", "d2", "d3", "d4", "d5", "d6", "d7")  # fmt: skip
+_COLUMNS = ("kind", "dtype", "flops", "read_bytes", "write_bytes", "param_bytes", "live_bytes", "new_bytes",
+            "fused_read_bytes", "fused_write_bytes", "fused_live_bytes", "fused_head", "module", "shape",
+            "d0", "d1", "d2", "d3", "d4", "d5", "d6", "d7")  # fmt: skip
+_INTEGERS = tuple(name for name in _COLUMNS if name != "flops")
+_EVENT = ("call", "held_bytes", "glue_operations", "glue_bytes", "glue_peak_bytes", "weight_bytes")
+
+
+@dataclass(frozen=True, slots=True)
+class VaeMode:
+    """How the VAE works on its input; the text form names the mode in ``PipelineTrace.variants``."""
+
+    slicing: bool = False
+    tile_pixels: int | None = None
+    """None: no tiling; 0: tiling with the tile size the VAE is configured for."""
+
+    @property
+    def text(self) -> str:
+        parts = ["slice"] if self.slicing else []
+        if self.tile_pixels is not None:
+            parts.append(f"tile={self.tile_pixels}" if self.tile_pixels else "tile")
+        return "+".join(parts)
+
+    @classmethod
+    def parse(cls, text: str) -> VaeMode:
+        """The mode that ``text`` names. Raises ValueError when it names none."""
+        parts = text.split("+") if text else []
+        tiles = [part for part in parts if part.startswith("tile")]
+        mode = cls("slice" in parts, int(tiles[0].partition("=")[2] or 0) if tiles else None)
+        if mode.text != text:
+            raise ValueError(f"{text!r} is no VAE mode")
+        return mode
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,7 +81,8 @@ class CallTrace:
     ``new_bytes``: bytes of its fresh outputs. ``param_bytes``: part of ``read_bytes`` that are weights.
     ``fused_*``: the same, had neighbouring pointwise operations been compiled into one kernel; ``fused_head`` is 1 where a
     kernel remains. ``dims`` by kind: MATMUL (batch, m, n, k); CONVOLUTION (images, in channels, out elements per channel,
-    out channels, kernel elements, groups, stride product, spatial rank); ATTENTION (batch, heads, queries, keys, head dim, value dim, mask bytes, key heads).
+    out channels, kernel elements, groups, stride product, spatial rank); ATTENTION (batch, heads, queries, keys, head dim,
+    value dim, mask bytes, key heads).
     ``module`` indexes ``modules`` (leaf paths); ``shape`` indexes ``shapes`` (distinct operation signatures, for probes).
     """
 
@@ -126,6 +159,11 @@ class PipelineTrace:
     """(call, VAE mode) to the same call in another VAE mode, such as ``slice`` or ``slice+tile=512``."""
     notes: tuple[str, ...] = ()
     output_shape: tuple[int, ...] | None = None
+    refused: dict[tuple[int, str], str] = field(default_factory=dict)
+    """(call, VAE mode) to the reason why the VAE does not run in that mode."""
+
+    modes: frozenset[str] = frozenset()
+    """VAE modes that were asked for, whether or not any component has them."""
 
     @property
     def fallbacks(self) -> tuple[str, ...]:
@@ -138,44 +176,98 @@ class PipelineTrace:
 
 
 def to_arrays(trace: PipelineTrace) -> tuple[dict[str, Any], dict[str, NDArray[Any]]]:
-    """A JSON-able header and named arrays: the on-disk form. :func:`from_arrays` is its inverse."""
-    arrays: dict[str, NDArray[Any]] = {}
-    keys = [(str(i), call) for i, call in enumerate(trace.calls)]
-    keys += [(f"{i}|{mode}", call) for (i, mode), call in sorted(trace.variants.items())]
-    heads = []
-    for key, call in keys:
-        heads.append({"key": key, "component": call.component, "method": call.method, "modules": call.modules, "shapes": call.shapes,
-                      "output_bytes": call.output_bytes, "input_bytes": call.input_bytes, "fallbacks": call.fallbacks})  # fmt: skip
-        arrays |= {f"{key}:{name}": column for name, column in call.columns.items()}
-        arrays[f"{key}:spans"] = call.spans
-    arrays["events"] = _event_rows([*trace.events, trace.tail])
+    """A JSON-able header and five arrays, whatever the number of calls: the on-disk form. :func:`from_arrays` is its inverse."""
+    keyed = [(str(index), call) for index, call in enumerate(trace.calls)]
+    keyed += [(f"{index}|{mode}", call) for (index, mode), call in sorted(trace.variants.items())]
+    heads = [
+        {"key": key, "component": call.component, "method": call.method, "modules": call.modules, "shapes": call.shapes,
+         "output_bytes": call.output_bytes, "input_bytes": call.input_bytes, "fallbacks": call.fallbacks,
+         "operations": len(call), "storages": len(call.spans)} for key, call in keyed]  # fmt: skip
+    calls = [call for _, call in keyed]
+    arrays: dict[str, NDArray[Any]] = {
+        "integers": np.concatenate([np.zeros((0, len(_INTEGERS)), np.int64), *(_table(call) for call in calls)]),
+        "flops": np.concatenate([np.zeros(0), *(call.columns["flops"] for call in calls)]),
+        "spans": np.concatenate([np.zeros((0, 3), np.int64), *(call.spans for call in calls)]),
+        "events": np.array([[getattr(event, name) for name in _EVENT] for event in (*trace.events, trace.tail)], dtype=np.int64),
+    }
     header = {"calls": heads, "steps": trace.steps, "to_host_bytes": trace.to_host_bytes, "batch_size": trace.batch_size,
-              "dtype": trace.dtype, "notes": trace.notes, "output_shape": trace.output_shape}  # fmt: skip
+              "dtype": trace.dtype, "notes": trace.notes, "output_shape": trace.output_shape,
+              "modes": sorted(trace.modes),
+              "refused": [[call, mode, reason] for (call, mode), reason in sorted(trace.refused.items())]}  # fmt: skip
     return header, arrays
 
 
-def from_arrays(header: dict[str, Any], arrays: Any) -> PipelineTrace:
-    """The trace written by :func:`to_arrays`. Raises KeyError, TypeError or ValueError on anything malformed."""
+def _table(call: CallTrace) -> Ints:
+    return np.stack([call.columns[name] for name in _INTEGERS], axis=1).astype(np.int64)
+
+
+def from_arrays(header: dict[str, Any], arrays: Mapping[str, NDArray[Any]]) -> PipelineTrace:
+    """The trace written by :func:`to_arrays`. Raises ValueError or KeyError on anything malformed."""
+    head = _TraceHead.model_validate(header)
+    table, flops, spans = _typed(arrays, "integers", 2), _typed(arrays, "flops", 1), _typed(arrays, "spans", 2)
+    events = _typed(arrays, "events", 2)
+    if table.shape != (len(flops), len(_INTEGERS)) or spans.shape[1] != 3 or events.shape[1] != len(_EVENT) or not len(events):
+        raise ValueError("arrays of a trace have the wrong shape")
     calls: list[CallTrace] = []
     variants: dict[tuple[int, str], CallTrace] = {}
-    for head in header["calls"]:
-        columns = {name: arrays[f"{head['key']}:{name}"] for name in _COLUMNS}
-        call = CallTrace(head["component"], head["method"], columns, tuple(head["modules"]), tuple(head["shapes"]),
-                         int(head["output_bytes"]), int(head["input_bytes"]), tuple(head["fallbacks"]), arrays[f"{head['key']}:spans"])  # fmt: skip
-        index, _, mode = head["key"].partition("|")
+    row = span = 0
+    for one in head.calls:
+        call = _call_from(one, table[row : row + one.operations], flops[row : row + one.operations], spans[span : span + one.storages])
+        row, span = row + one.operations, span + one.storages
+        index, _, mode = one.key.partition("|")
         if mode:
             variants[int(index), mode] = call
         else:
             calls.append(call)
-    *events, tail = (Event(*map(int, row)) for row in arrays["events"])
-    shape = header["output_shape"]
+    if row != len(flops) or span != len(spans) or events[:-1, 0].max(initial=-1) >= len(calls):
+        raise ValueError("a trace's header and arrays disagree")
+    *before, tail = (Event(*(int(value) for value in values)) for values in events)
     return PipelineTrace(
-        tuple(calls), tuple(events), tail, header["steps"], int(header["to_host_bytes"]), int(header["batch_size"]),
-        header["dtype"], variants, tuple(header["notes"]), tuple(shape) if shape else None)  # fmt: skip
+        tuple(calls), tuple(before), tail, head.steps, head.to_host_bytes, head.batch_size, head.dtype, variants, head.notes,
+        head.output_shape, {(call, mode): reason for call, mode, reason in head.refused}, head.modes)  # fmt: skip
 
 
-def _event_rows(events: Iterable[Event]) -> Ints:
-    return np.array([[e.call, e.held_bytes, e.glue_operations, e.glue_bytes, e.glue_peak_bytes, e.weight_bytes] for e in events], dtype=np.int64)
+def _typed(arrays: Mapping[str, NDArray[Any]], name: str, rank: int) -> NDArray[Any]:
+    array = arrays[name]
+    if array.ndim != rank or array.dtype != (np.float64 if name == "flops" else np.int64):
+        raise ValueError(f"{name} of a trace has rank {array.ndim} and type {array.dtype}")
+    return array
+
+
+def _call_from(head: _CallHead, table: Ints, flops: Floats, spans: Ints) -> CallTrace:
+    columns = {name: np.ascontiguousarray(table[:, place]) for place, name in enumerate(_INTEGERS)} | {"flops": flops}
+    if len(flops) != head.operations or len(spans) != head.storages:
+        raise ValueError("a trace's header and arrays disagree")
+    for name, size in (("module", len(head.modules)), ("shape", len(head.shapes)), ("kind", len(Kind)), ("dtype", len(DTYPES))):
+        if len(flops) and (columns[name].min() < 0 or columns[name].max() >= size):
+            raise ValueError(f"a trace's {name} column points outside its table")
+    return CallTrace(head.component, head.method, columns, head.modules, head.shapes, head.output_bytes, head.input_bytes,
+                     head.fallbacks, spans)  # fmt: skip
+
+
+class _CallHead(Frozen):
+    key: Annotated[str, Field(pattern=r"^\d{1,6}(\|[a-z0-9=+]{1,64})?$")]
+    component: str
+    method: str
+    modules: tuple[str, ...]
+    shapes: tuple[str, ...]
+    output_bytes: int
+    input_bytes: int
+    fallbacks: tuple[str, ...]
+    operations: Annotated[int, Field(ge=0)]
+    storages: Annotated[int, Field(ge=0)]
+
+
+class _TraceHead(Frozen):
+    calls: tuple[_CallHead, ...]
+    steps: int | None
+    to_host_bytes: int
+    batch_size: int
+    dtype: str
+    notes: tuple[str, ...]
+    output_shape: tuple[int, ...] | None
+    refused: tuple[tuple[int, str, str], ...]
+    modes: frozenset[str]
 
 
 def columns_from_rows(rows: list[tuple[Any, ...]]) -> dict[str, NDArray[Any]]:
