@@ -21,7 +21,7 @@ def data_path(*parts: str) -> Path:
         candidate = root.joinpath(*parts)
         if candidate.exists():
             return candidate
-    looked = " or ".join(str(root) for root in _ROOTS)
+    looked, wanted = " or ".join(map(str, _ROOTS)), "/".join(parts)
     raise ProfileError(
-        f"bundled data {'/'.join(parts)} is missing; looked in {looked}. The installation is incomplete: reinstall it."
+        f"bundled data {wanted} is missing; looked in {looked}. The installation is incomplete: reinstall the package."
     )
