@@ -22,6 +22,4 @@ def data_path(*parts: str) -> Path:
         if candidate.exists():
             return candidate
     looked, wanted = " or ".join(map(str, _ROOTS)), "/".join(parts)
-    raise ProfileError(
-        f"bundled data {wanted} is missing; looked in {looked}. The installation is incomplete: reinstall the package."
-    )
+    raise ProfileError(f"bundled data {wanted} is missing; looked in {looked}. Reinstall the package.")

@@ -292,5 +292,5 @@ def test_a_huge_file_is_refused(tmp_path):
 
 
 def test_missing_bundled_data_is_a_profile_error():
-    with pytest.raises(ProfileError, match=r"profiles/nothing is missing.*reinstall"):
+    with pytest.raises(ProfileError, match=r"profiles/nothing is missing.*Reinstall"):
         data_path("profiles", "nothing")
