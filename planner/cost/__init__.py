@@ -1,0 +1,1 @@
+"""Pure functions of trace, facts, device, coefficients and recipe; one function per term. Imports no torch."""

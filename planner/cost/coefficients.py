@@ -1,0 +1,95 @@
+"""Coefficients of the cost model: a handful of global numbers per GPU generation, each with its source.
+
+They live in ``calibration/coefficients/*.toml``; none belongs to a model or to a published row.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from functools import lru_cache
+from typing import Annotated, Any
+
+from pydantic import Field, ValidationError
+
+from planner.errors import CalibrationError
+from planner.resources import data_path
+from planner.types import Basis, Device, Frozen
+
+SCHEMA_VERSION = 1
+Share = Annotated[float, Field(gt=0, le=1.5)]
+Seconds = Annotated[float, Field(ge=0, lt=10)]
+
+
+class Coefficients(Frozen):
+    """How far a real device stays below its datasheet. Shares are of the peak or of the bandwidth.
+
+    The time of a kernel is ``max(flops / (peak x share), bytes / (bandwidth x share)) + kernel_seconds``; a component call
+    takes the larger of its kernels' sum and its operations times ``launch_seconds`` (the host's pace).
+    """
+
+    matmul_share: Share
+    convolution_share: Share
+    attention_share: Share
+    """Fused attention kernels (flash, efficient)."""
+    cudnn_attention_share: Share
+    bandwidth_share: Share
+    kernel_seconds: Seconds
+    launch_seconds: Seconds
+    """Host time per eager operation, module and Python overhead included."""
+    compiled_launch_seconds: Seconds
+    """Host time per compiled kernel, without CUDA graphs."""
+    call_seconds: Seconds
+    """Host time per component call besides its operations (hooks, argument handling, scheduler)."""
+    link_share: Share
+    """Pinned copies over the link, share of the link's raw rate."""
+    pageable_share: Share
+    onload_module_seconds: Seconds
+    """Host time per module that an offload hook moves."""
+    picture_bytes_per_second: Annotated[float, Field(gt=0)]
+    """Host conversion of the result (float bytes of the final images) to pictures."""
+    context_bytes: Annotated[int, Field(ge=0)]
+    """Device memory of the CUDA context, kernels and libraries: not seen by torch's allocator."""
+    blas_workspace_bytes: Annotated[int, Field(ge=0)]
+    compile_seconds_per_kernel: Seconds
+    autotune_seconds_per_matmul: Seconds
+    quantize_bytes_per_second: Annotated[float, Field(gt=0)]
+    memory_error: Annotated[float, Field(ge=0, lt=1)]
+    """Half width of the 90 % interval of a peak, relative to activations and workspace."""
+    latency_error: Annotated[float, Field(ge=0, lt=2)]
+    basis: Basis
+    sources: dict[str, str]
+    """Field name (or ``default``) to where its number comes from."""
+
+    def source(self, name: str) -> str:
+        """Where the named coefficient comes from."""
+        return self.sources.get(name, self.sources["default"])
+
+
+@lru_cache(maxsize=1)
+def _tables() -> dict[str, dict[str, Any]]:
+    path = data_path("calibration", "coefficients", "defaults.toml")
+    try:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, tomllib.TOMLDecodeError) as error:
+        raise CalibrationError(f"{path.name}: the shipped coefficients cannot be read: {error}; reinstall the package.") from error
+    if content.get("schema_version") != SCHEMA_VERSION:
+        raise CalibrationError(f"{path.name}: schema_version is {content.get('schema_version')!r}, this version reads {SCHEMA_VERSION}.")
+    return {str(name): table for name, table in content["architecture"].items()}
+
+
+def default_coefficients(device: Device) -> Coefficients:
+    """Coefficients for a device nobody measured yet, by its architecture; an unknown one takes its newest relative's.
+
+    Raises:
+        CalibrationError: the shipped file is broken; the message names the field.
+    """
+    tables = _tables()
+    known = tables.get(device.architecture.lower())
+    chosen = tables["other"] if known is None else known
+    merged = tables["base"] | chosen | {"sources": tables["base"]["sources"] | chosen.get("sources", {})}
+    try:
+        return Coefficients.model_validate(merged)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        raise CalibrationError(f"defaults.toml: architecture.{device.architecture}.{where}: {first['msg']}") from error

@@ -1,0 +1,326 @@
+"""The cost model: one recipe's memory, time and host needs, summed phase by phase from the trace."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+import numpy as np
+
+from planner.cost.coefficients import Coefficients
+from planner.cost.kernels import CallTime, call_time
+from planner.cost.residency import Residency, component_bytes, residency
+from planner.cost.transfer import transfer_seconds
+from planner.cost.workspace import operator_bytes
+from planner.dryrun.trace import CallTrace, Ints, Kind, PipelineTrace, VaeMode
+from planner.facts import PipelineFacts
+from planner.recipe import Attention, Fusion, Recipe
+from planner.types import Device
+
+
+class TraceSource(Protocol):
+    """Where traces come from: :class:`planner.dryrun.provider.Traces`, or a fixed one in tests."""
+
+    @property
+    def facts(self) -> PipelineFacts: ...
+
+    def trace(self, dtype: str | None, batch_size: int | None, modes: tuple[VaeMode, ...] = ()) -> PipelineTrace: ...
+
+
+@dataclass(frozen=True, slots=True)
+class CallCost:
+    """One distinct component call under one recipe; weights that stay for the whole call are not in it."""
+
+    peak_bytes: int
+    activations_bytes: int
+    workspace_bytes: int
+    window_bytes: int
+    time: CallTime
+
+
+@dataclass(frozen=True, slots=True)
+class PhaseCost:
+    """One distinct component call with all its repetitions: what a phase line of an explanation shows."""
+
+    call: int
+    count: int
+    resident_bytes: int
+    held_bytes: int
+    cost: CallCost
+    compute_seconds: float
+    transfer_seconds: float
+    in_graph: bool
+
+    @property
+    def peak_bytes(self) -> int:
+        return self.resident_bytes + self.held_bytes + self.cost.peak_bytes
+
+    @property
+    def seconds(self) -> float:
+        return self.compute_seconds + self.transfer_seconds
+
+
+@dataclass(frozen=True, slots=True)
+class Cost:
+    """What one candidate costs. Times are of the whole workload (all calls of a split batch)."""
+
+    phases: tuple[PhaseCost, ...]
+    glue_peak_bytes: int
+    graph_pool_bytes: int
+    blas_bytes: int
+    glue_seconds: float
+    host_seconds: float
+    """Pictures from tensors, on the host."""
+    setup_seconds: float
+    setup_peak_bytes: int
+    host_bytes: int
+    residency: Residency
+    trace: PipelineTrace
+    calls: int
+
+    @property
+    def peak_bytes(self) -> int:
+        """Peak of torch's allocated bytes."""
+        return max([phase.peak_bytes for phase in self.phases] + [self.glue_peak_bytes]) + self.blas_bytes
+
+    @property
+    def needed_bytes(self) -> int:
+        """What the budget must hold: the peak, what graphs keep in pools of their own meanwhile, or the setting up."""
+        outside = [phase.peak_bytes for phase in self.phases if not phase.in_graph] + [self.glue_peak_bytes]
+        return max(self.peak_bytes, max(outside) + self.blas_bytes + self.graph_pool_bytes, self.setup_peak_bytes)
+
+    @property
+    def seconds(self) -> float:
+        """Latency of the workload."""
+        return self.calls * (sum(phase.seconds for phase in self.phases) + self.glue_seconds + self.host_seconds)
+
+
+@dataclass(frozen=True, slots=True)
+class Local:
+    """What of a recipe one component's cost depends on; equal for all recipes that treat the component alike."""
+
+    attention: Attention
+    channels_last: bool
+    fusion: Fusion
+    cuda_graphs: bool
+    autotuned: bool
+    tf32: bool
+    fused_qkv: bool
+    cudnn_benchmark: bool
+    chunked_forward: bool
+    scheme: str | None
+
+    @property
+    def fused(self) -> bool:
+        """Pointwise neighbours are merged into one kernel."""
+        return self.fusion in ("whole", "regional")
+
+    def recipe(self) -> Recipe:
+        """A recipe for this component alone."""
+        return Recipe(attention=self.attention, channels_last=self.channels_last, fusion=self.fusion, cuda_graphs=self.cuda_graphs,
+                      autotuned=self.autotuned, tf32=self.tf32, fused_qkv=self.fused_qkv, cudnn_benchmark=self.cudnn_benchmark,
+                      chunked_forward=self.chunked_forward)  # fmt: skip
+
+    def for_time(self) -> Local:
+        """The same without what changes memory only."""
+        return replace(self, cudnn_benchmark=False, chunked_forward=False)
+
+
+def localized(recipe: Recipe, role: str, component: str) -> Local:
+    """The part of a recipe that reaches a component of that role: attention and compile act on denoisers, and so on."""
+    denoises = role in ("denoiser", "controlnet")
+    compiled = denoises or (role == "vae" and recipe.fuse_vae)
+    convolves = denoises or role == "vae"
+    return Local(
+        attention=recipe.attention if denoises else "default",
+        channels_last=recipe.channels_last and convolves,
+        fusion=recipe.fusion if compiled else "none",
+        cuda_graphs=recipe.cuda_graphs and compiled,
+        autotuned=recipe.autotuned and compiled,
+        tf32=recipe.tf32,
+        fused_qkv=recipe.fused_qkv and denoises,
+        cudnn_benchmark=recipe.cudnn_benchmark and convolves,
+        chunked_forward=recipe.chunked_forward and denoises,
+        scheme=recipe.weights.get(component),
+    )
+
+
+@dataclass(slots=True)
+class CostModel:
+    """Prices recipes for one workload on one device. Evaluations of equal component calls are shared."""
+
+    traces: TraceSource
+    device: Device
+    coefficients: Coefficients
+    batch_size: int
+    probes: Mapping[str, float] | None = None
+    memory_scale: float = 1.0
+    """Learned correction of activations and workspace for this device and pipeline (1: none)."""
+    time_scale: float = 1.0
+    """Learned correction of times for this device and pipeline (1: none)."""
+    evaluations: int = 0
+    _calls: dict[object, CallCost] = field(default_factory=dict)
+    _times: dict[object, CallTime] = field(default_factory=dict)
+    _roles: dict[str, str] = field(default_factory=dict)
+    _residencies: dict[object, Residency] = field(default_factory=dict)
+    _helds: dict[int, tuple[list[int], list[int], int]] = field(default_factory=dict)
+
+    def trace_for(self, recipe: Recipe) -> PipelineTrace:
+        """The trace that a recipe runs: its dtype, its share of the batch, its VAE mode."""
+        mode = vae_mode(recipe)
+        return self.traces.trace(recipe.dtype, self.batch_size // recipe.calls, (mode,) if mode is not None else ())
+
+    def cost(self, recipe: Recipe) -> Cost:
+        """Price one recipe. Pure: equal recipes give equal costs."""
+        self.evaluations += 1
+        trace = self.trace_for(recipe)
+        placed = self.residency(trace, recipe)
+        counts, helds, glue_operations = self._held(trace)
+        phases = []
+        for index in range(len(trace.calls)):
+            cost = self.call_cost(trace, index, recipe, placed)
+            moved = transfer_seconds(placed, index, counts[index], cost.time, self.device, self.coefficients, recipe)
+            repeats = counts[index] * self._repeat_factor(trace, index, recipe)
+            compute = repeats * cost.time.seconds * self.time_scale
+            graphs = self._local(trace, index, recipe).cuda_graphs
+            phases.append(PhaseCost(index, counts[index], placed.resident_bytes[index], helds[index], cost, compute, moved, graphs))
+        pool = self._graph_pool(trace, recipe, phases)
+        weights = component_bytes(self.traces.facts, trace, recipe)
+        return Cost(
+            tuple(phases), self._glue_peak(trace, placed), pool, self._blas(trace), self._glue_seconds(trace, glue_operations, recipe),
+            trace.to_host_bytes / self.coefficients.picture_bytes_per_second, self._setup_seconds(trace, recipe, weights, phases),
+            self._setup_peak(recipe, weights), placed.host_bytes, placed, trace, recipe.calls)  # fmt: skip
+
+    # -- one component call -----------------------------------------------------------------------------------------
+
+    def call_cost(self, trace: PipelineTrace, index: int, recipe: Recipe, placed: Residency) -> CallCost:
+        """Memory and time of one distinct call; the same for all recipes that treat this component alike."""
+        call = self.variant(trace, index, recipe)
+        local = localized(recipe, self.role(call.component), call.component)
+        window = placed.window[index]
+        key = (id(call), local, None if window is None else id(window))
+        known = self._calls.get(key)
+        if known is None:
+            known = self._calls[key] = self._price(call, local, recipe.weights.get(call.component), window)
+        return known
+
+    def variant(self, trace: PipelineTrace, index: int, recipe: Recipe) -> CallTrace:
+        """The call as the recipe's VAE mode makes it."""
+        call, mode = trace.calls[index], vae_mode(recipe)
+        if mode is None or self.role(call.component) != "vae":
+            return call
+        return trace.variants.get((index, mode.text), call)
+
+    def role(self, component: str) -> str:
+        """Role of a component by its name."""
+        if not self._roles:
+            self._roles.update({item.name: item.role for item in self.traces.facts.components})
+        return self._roles.get(component, "other")
+
+    def _price(self, call: CallTrace, local: Local, scheme: str | None, window: Ints | None) -> CallCost:
+        recipe = local.recipe()
+        time = self._time(call, local, recipe, scheme)
+        if not len(call):
+            return CallCost(0, 0, 0, 0, time)
+        live = np.minimum(call.fused_live_bytes, call.live_bytes) if local.fused else call.live_bytes
+        workspace = operator_bytes(call, self.device, recipe, None if local.fused else scheme)
+        if local.cudnn_benchmark and self.device.kind == "cuda":
+            workspace = workspace + (call.kind == Kind.CONVOLUTION) * (call.read_bytes + call.write_bytes)
+        moving = window if window is not None else np.zeros(len(call), dtype=np.int64)
+        if len(moving) != len(call):  # another VAE mode has other operations; the largest unit bounds its window
+            moving = np.full(len(call), int(moving.max(initial=0)), dtype=np.int64)
+        total = ((live + workspace) * self.memory_scale).astype(np.int64) + moving
+        at = int(total.argmax())
+        return CallCost(int(total[at]), int(live[at] * self.memory_scale), int(workspace[at] * self.memory_scale), int(moving[at]), time)
+
+    def _time(self, call: CallTrace, local: Local, recipe: Recipe, scheme: str | None) -> CallTime:
+        """Time depends on fewer knobs than memory does, and CUDA graphs change its launch part only."""
+        key = (id(call), local.for_time())
+        known = self._times.get(key)
+        if known is None:
+            known = self._times[key] = call_time(call, self.device, self.coefficients, recipe, scheme, self.probes, local.fused)
+        return known
+
+    # -- sums over the pipeline -------------------------------------------------------------------------------------
+
+    def residency(self, trace: PipelineTrace, recipe: Recipe) -> Residency:
+        """The offload simulation for a recipe, shared by all recipes that place weights alike."""
+        key = (id(trace), recipe.offload, recipe.offload_stream, recipe.offload_blocks, recipe.offload_disk, recipe.resident,
+               tuple(sorted(recipe.weights.items())))  # fmt: skip
+        if key not in self._residencies:
+            self._residencies[key] = residency(self.traces.facts, trace, recipe)
+        return self._residencies[key]
+
+    def _held(self, trace: PipelineTrace) -> tuple[list[int], list[int], int]:
+        """Per distinct call its count and the most the pipeline holds when it starts; and all glue operations."""
+        known = self._helds.get(id(trace))
+        if known is None:
+            counts, helds = [0] * len(trace.calls), [0] * len(trace.calls)
+            for event in trace.events:
+                counts[event.call] += 1
+                helds[event.call] = max(helds[event.call], event.held_bytes)
+            glue = sum(event.glue_operations for event in trace.events) + trace.tail.glue_operations
+            known = self._helds[id(trace)] = (counts, helds, glue)
+        return known
+
+    def _repeat_factor(self, trace: PipelineTrace, index: int, recipe: Recipe) -> float:
+        """Share of the denoiser's calls that remains under fewer steps or a cache."""
+        if self.role(trace.calls[index].component) not in ("denoiser", "controlnet"):
+            return 1.0
+        return recipe.steps_factor * recipe.denoiser_factor
+
+    def _glue_peak(self, trace: PipelineTrace, placed: Residency) -> int:
+        rest = max(placed.resident_bytes, default=0) if placed.rest_bytes else 0
+        between = max([event.glue_peak_bytes for event in trace.events], default=0)
+        last = placed.resident_bytes[trace.events[-1].call] if trace.events and placed.rest_bytes == 0 else placed.rest_bytes
+        return max(between + min(rest, placed.rest_bytes), trace.tail.glue_peak_bytes + last)
+
+    def _local(self, trace: PipelineTrace, index: int, recipe: Recipe) -> Local:
+        component = trace.calls[index].component
+        return localized(recipe, self.role(component), component)
+
+    def _graph_pool(self, trace: PipelineTrace, recipe: Recipe, phases: list[PhaseCost]) -> int:
+        if not recipe.cuda_graphs:
+            return 0
+        return max((phase.cost.activations_bytes + phase.cost.workspace_bytes for phase in phases
+                    if self._local(trace, phase.call, recipe).cuda_graphs), default=0)  # fmt: skip
+
+    def _blas(self, trace: PipelineTrace) -> int:
+        return self.coefficients.blas_workspace_bytes if self.device.kind == "cuda" else 0
+
+    def _glue_seconds(self, trace: PipelineTrace, operations: int, recipe: Recipe) -> float:
+        moved = sum(event.glue_bytes for event in trace.events) + trace.tail.glue_bytes
+        each = max(self.coefficients.launch_seconds, self.coefficients.kernel_seconds)
+        rate = self.device.bandwidth_bytes_per_second * self.coefficients.bandwidth_share
+        return (operations * each + moved / rate) * recipe.steps_factor
+
+    def _setup_seconds(self, trace: PipelineTrace, recipe: Recipe, weights: Mapping[str, int], phases: list[PhaseCost]) -> float:
+        """One-off: moving the weights, compiling, quantizing. Sources: the coefficients named here."""
+        seconds = 0.0
+        if recipe.offload == "none" and self.device.kind == "cuda" and self.traces.facts.device != "cuda":
+            link = self.device.link_bytes_per_second or 0
+            seconds += sum(weights.values()) / (link * self.coefficients.pageable_share) if link else 0.0
+        for phase in phases:
+            if self._local(trace, phase.call, recipe).fused:
+                kernels = phase.cost.time.kernels
+                share = 0.15 if recipe.fusion == "regional" else 1.0
+                seconds += share * kernels * self.coefficients.compile_seconds_per_kernel
+                if recipe.autotuned:
+                    distinct = len(set(trace.calls[phase.call].shape[trace.calls[phase.call].kind == Kind.MATMUL].tolist()))
+                    seconds += distinct * self.coefficients.autotune_seconds_per_matmul
+        quantized = sum(weights.get(name, 0) for name in recipe.weights)
+        return seconds + quantized / self.coefficients.quantize_bytes_per_second
+
+    def _setup_peak(self, recipe: Recipe, weights: Mapping[str, int]) -> int:
+        """Most device memory while the plan is being put in force: all resident weights at once, nothing running."""
+        if recipe.offload == "none":
+            return sum(weights.values())
+        return sum(weights[name] for name in recipe.resident if name in weights)
+
+
+def vae_mode(recipe: Recipe) -> VaeMode | None:
+    """The VAE mode that a recipe asks for; None when it leaves the VAE as it is."""
+    if not recipe.vae_slicing and not recipe.vae_tiling:
+        return None
+    return VaeMode(slicing=bool(recipe.vae_slicing), tile_pixels=(recipe.vae_tile_pixels or 0) if recipe.vae_tiling else None)

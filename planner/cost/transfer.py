@@ -1,0 +1,29 @@
+"""Copies between host and device: how long they take, and how much of them hides behind compute."""
+
+from __future__ import annotations
+
+from planner.cost.coefficients import Coefficients
+from planner.cost.kernels import CallTime
+from planner.cost.residency import Residency
+from planner.recipe import Recipe
+from planner.types import Device
+
+
+def transfer_seconds(placed: Residency, index: int, count: int, time: CallTime, device: Device, coefficients: Coefficients,
+                     recipe: Recipe) -> float:  # fmt: skip
+    """Seconds that copies add to all repetitions of one distinct call, beyond its compute.
+
+    Pageable copies block the host and hide nothing. On a stream, unit ``k + 1`` is copied while unit ``k`` computes, so a
+    call takes the longer of the two and the first unit's copy; the sum is never more than copying serially.
+    """
+    onload, offload = placed.onload_bytes[index], placed.offload_bytes[index]
+    if not (onload or offload) or not device.link_bytes_per_second:
+        return 0.0
+    pageable = device.link_bytes_per_second * coefficients.pageable_share
+    handling = placed.moves[index] * coefficients.onload_module_seconds
+    if not recipe.offload_stream or recipe.offload not in ("group_block", "group_leaf"):
+        return (onload + offload) / pageable + handling
+    pinned = device.link_bytes_per_second * coefficients.link_share
+    copy_each = onload / max(count, 1) / pinned
+    first = copy_each / max(placed.moves[index] / max(count, 1), 1)
+    return max(copy_each + first - time.seconds, first) * count + handling
