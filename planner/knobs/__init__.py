@@ -61,6 +61,7 @@ __all__ = [
     "normalize",
     "parse_setting",
     "parse_settings",
+    "to_python",
     "violations",
 ]
 
@@ -116,6 +117,13 @@ def violations(settings: Settings, context: Context) -> list[Violation]:
             if value in fixed.values and full.get(fixed.other) in fixed.other_values:
                 found.append(_described(each.name, value, fixed, full))
     return found
+
+
+def to_python(settings: Settings, context: Context) -> tuple[str, ...]:
+    """Plain diffusers statements, in apply order, that do the same to a variable ``pipe``."""
+    full = normalize(settings, context)
+    ordered = sorted(KNOBS, key=lambda each: each.order(full))
+    return tuple(line for each in ordered for line in each.statements(full[each.name], full, context))
 
 
 def conflict_between(name: str, value: KnobValue, other: str, other_value: KnobValue) -> Conflict | None:

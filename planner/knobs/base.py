@@ -103,3 +103,7 @@ class Knob(ABC):
     def to_python(self, value: KnobValue, context: Context) -> tuple[str, ...]:
         """Plain diffusers statements that do the same to a variable ``pipe``."""
         return ()
+
+    def statements(self, value: KnobValue, settings: Settings, context: Context) -> tuple[str, ...]:
+        """``to_python`` where the other settings matter, too."""
+        return self.to_python(value, context)

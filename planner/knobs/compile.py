@@ -118,6 +118,13 @@ class Compile(Knob):
         mode = "" if value == "default" else f', mode="{value}"'
         return tuple(f"pipe.{name} = torch.compile(pipe.{name}{mode})" for name in names)
 
+    def statements(self, value: KnobValue, settings: Settings, context: Context) -> tuple[str, ...]:
+        hooked = settings.get("offload") in GROUP or settings.get("cache", "none") != "none"
+        if value != "regional" or hooked:
+            return self.to_python(value, context)
+        names = [part.name for part in context.facts.of_role("denoiser")]
+        return tuple(f"pipe.{name}.compile_repeated_blocks(fullgraph=True)" for name in names)
+
 
 def _refuse_inductor(value: str, context: Context) -> str | None:
     device = context.device

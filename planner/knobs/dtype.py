@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from planner.facts import ComponentFacts
 from planner.knobs.base import Context, Knob, Site, Undo
 from planner.knobs.words import as_word
 from planner.recipe import Recipe
@@ -64,9 +65,26 @@ class Dtype(Knob):
     def to_python(self, value: KnobValue, context: Context) -> tuple[str, ...]:
         if value == context.facts.dtype:
             return ()
-        kept = [component.name for component in context.facts.components if component.keep_in_fp32]
-        note = f"  # load with dtype= instead to keep float32 parts of {', '.join(kept)}" if kept else ""
-        return (f"pipe.to(torch.{TORCH_NAMES[str(value)]}){note}",)
+        dtype = TORCH_NAMES[str(value)]
+        if value == "fp32" or not any(_kept(part, str(value)) for part in context.facts.components):
+            return (f"pipe.to(torch.{dtype})",)
+        return tuple(_statement(part, str(value), dtype) for part in context.facts.components)
+
+
+def _kept(part: ComponentFacts, value: str) -> tuple[str, ...]:
+    """Names that stay in float32; those of transformers in float16 only."""
+    return part.keep_in_fp32 if part.library == "diffusers" or value == "fp16" else ()
+
+
+def _statement(part: ComponentFacts, value: str, dtype: str) -> str:
+    kept = _kept(part, value)
+    if not kept:
+        return f"pipe.{part.name}.to(torch.{dtype})"
+    return (
+        f"for name, weight in pipe.{part.name}.named_parameters():\n"
+        f"    if not {{{', '.join(map(repr, kept))}}} & set(name.split('.')):\n"
+        f"        weight.data = weight.data.to(torch.{dtype})"
+    )
 
 
 def _refuse_bf16(context: Context) -> str | None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -66,6 +67,7 @@ class _Traced:
     """A forward that records itself once per signature."""
 
     def __init__(self, module: nn.Module) -> None:
+        self.module = module
         self.forward = module.forward
         self.graphs: dict[Any, tuple[Any, list[Any]]] = {}
 
@@ -88,9 +90,22 @@ class _Traced:
             outputs, layout[0] = tree_flatten(self.forward(*args, **kwargs))
             return tuple(outputs)
 
-        with torch.no_grad():
+        with torch.no_grad(), _without_gradients(self.module):
             graph = torch.jit.trace(flat, tuple(tensors), check_trace=False, strict=False)
         return graph, layout
+
+
+@contextmanager
+def _without_gradients(module: nn.Module) -> Iterator[None]:
+    """A trace takes weights in as constants, which may not require gradients meanwhile."""
+    flagged = [weight for weight in module.parameters() if weight.requires_grad]
+    try:
+        for weight in flagged:
+            weight.requires_grad_(False)
+        yield
+    finally:
+        for weight in flagged:
+            weight.requires_grad_(True)
 
 
 def _signature(leaf: Any) -> Any:

@@ -68,8 +68,13 @@ class Offload(Knob):
         if value == "none":
             return (f'pipe.to("{device}")',)
         if value in GROUP:
-            return ()
-        return (f"pipe.enable_{value}_cpu_offload(device={device!r})",)
+            return self.statements(value, {self.name: value}, context)
+        return (f'pipe.enable_{value}_cpu_offload(device="{device}")',)
+
+    def statements(self, value: KnobValue, settings: Settings, context: Context) -> tuple[str, ...]:
+        if value not in GROUP or context.facts.offload != "none":
+            return self.to_python(value, context)
+        return tuple(_group_statement(part, str(value), settings, context) for part in context.facts.components)
 
 
 class OffloadStream(Knob):
@@ -187,6 +192,20 @@ def group_type(component: ComponentFacts, offload: str) -> GroupType | None:
     if component.role in ("vae", "other") and not component.group_block_modules:
         return "leaf_level"
     return "block_level"
+
+
+def _group_statement(part: ComponentFacts, value: str, settings: Settings, context: Context) -> str:
+    kind, device = group_type(part, value), context.device.kind
+    if kind is None:
+        return f'pipe.{part.name}.to("{device}")'
+    options = f'onload_device=torch.device("{device}"), offload_type="{kind}"'
+    if kind == "block_level":
+        options += f", num_blocks_per_group={settings.get('offload_blocks', 1)}"
+    if settings.get("offload_stream"):
+        options += ", use_stream=True"
+    if settings.get("offload_disk") and not part.tied_weights:
+        options += ", offload_to_disk_path=tempfile.mkdtemp()"
+    return f"diffusers.hooks.apply_group_offloading(pipe.{part.name}, {options})"
 
 
 def _refuse_sequential(context: Context) -> str | None:
