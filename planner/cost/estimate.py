@@ -1,0 +1,131 @@
+"""From the cost of one recipe to the estimate that users see: every counter, its interval, its terms."""
+
+from __future__ import annotations
+
+from planner.cost.allocator import CachingAllocator, replay
+from planner.cost.coefficients import Coefficients
+from planner.cost.model import Cost, CostModel, PhaseCost
+from planner.cost.workspace import operator_bytes
+from planner.dryrun.trace import Kind
+from planner.recipe import Recipe
+from planner.types import Basis, Bound, Estimate, Phase, Term
+
+EXACT_MEMORY_ERROR = 0.01
+"""Assumed half width of the interval around weights: rounding of parameters and buffers."""
+
+
+def estimate_of(model: CostModel, recipe: Recipe, cost: Cost | None = None, *, detailed: bool = True) -> Estimate:
+    """The estimate for one recipe. ``detailed`` replays the caching allocator; otherwise reserved bytes scale allocated ones."""
+    cost = cost or model.cost(recipe)
+    coefficients = model.coefficients
+    peak = cost.peak_bytes
+    reserved = max(reserved_bytes(model, recipe, cost), peak) if detailed else round(peak * 1.05)
+    reserved = max(reserved, cost.needed_bytes)
+    used = reserved + coefficients.context_bytes
+    low, high = _memory_interval(cost, coefficients)
+    spread = coefficients.latency_error if not _measured(cost) else min(coefficients.latency_error, 0.15)
+    latency, step, setup = cost.seconds, step_seconds(model, cost), cost.setup_seconds
+    budget = model.device.budget_bytes
+    return Estimate(
+        fits=budget is None or cost.needed_bytes <= budget,
+        peak_allocated_bytes=peak, peak_allocated_bytes_low=low, peak_allocated_bytes_high=high,
+        peak_reserved_bytes=reserved, peak_reserved_bytes_low=max(low, round(reserved * 0.95)), peak_reserved_bytes_high=round(max(high, reserved) * 1.08),
+        device_used_bytes=used, device_used_bytes_low=round(used * 0.94), device_used_bytes_high=round(used * 1.1),
+        host_bytes=cost.host_bytes, host_bytes_low=round(cost.host_bytes * 0.95), host_bytes_high=round(cost.host_bytes * 1.1),
+        latency_seconds=latency, latency_seconds_low=latency / (1 + spread), latency_seconds_high=latency * (1 + spread),
+        step_seconds=step, step_seconds_low=None if step is None else step / (1 + spread),
+        step_seconds_high=None if step is None else step * (1 + spread),
+        setup_seconds=setup, setup_seconds_low=setup / 2, setup_seconds_high=setup * 2,
+        phases=tuple(_phase(cost, phase) for phase in cost.phases), terms=_terms(model, cost), basis=_basis(model, cost))  # fmt: skip
+
+
+def reserved_bytes(model: CostModel, recipe: Recipe, cost: Cost) -> int:
+    """Peak of the caching allocator's segments: weights that stay, then every distinct call in the order of first use.
+
+    A loop's call is replayed twice, so that the second pass finds what the first left behind.
+    """
+    allocator = CachingAllocator()
+    base = max((phase.resident_bytes + phase.held_bytes for phase in cost.phases), default=0)
+    for phase in cost.phases:
+        call = model.variant(cost.trace, phase.call, recipe)
+        workspace = operator_bytes(call, model.device, recipe) if model.device.kind == "cuda" else call.live_bytes * 0
+        for _ in range(min(phase.count, 2)):
+            replay(allocator, call, workspace)
+    windows = max((phase.cost.window_bytes for phase in cost.phases), default=0)
+    return base + allocator.peak_reserved_bytes + windows + cost.blas_bytes
+
+
+def step_seconds(model: CostModel, cost: Cost) -> float | None:
+    """One denoising iteration: the time of everything in the loop over the iterations the pipeline counted."""
+    steps = cost.trace.steps
+    loop = [phase for phase in cost.phases if steps and phase.count >= steps and model.role(cost.trace.calls[phase.call].component) != "vae"]
+    if not steps or not loop:
+        return None
+    glue = cost.glue_seconds / steps if steps > 1 else 0.0
+    return sum(phase.seconds for phase in loop) / steps + glue
+
+
+def _memory_interval(cost: Cost, coefficients: Coefficients) -> tuple[int, int]:
+    """Weights are known but for rounding; activations and workspace carry the model's error."""
+    peak = cost.peak_bytes
+    top = max(cost.phases, key=lambda phase: phase.peak_bytes, default=None)
+    moving = top.cost.activations_bytes + top.cost.workspace_bytes if top is not None else 0
+    width = moving * coefficients.memory_error + peak * EXACT_MEMORY_ERROR
+    return round(max(peak - width, 0)), round(peak + width)
+
+
+def _phase(cost: Cost, phase: PhaseCost) -> Phase:
+    trace = cost.trace.calls[phase.call]
+    bound: Bound = "transfer" if phase.transfer_seconds > phase.compute_seconds else phase.cost.time.bound
+    return Phase(
+        name=trace.name, component=trace.component, calls=phase.count * cost.calls, seconds=phase.seconds * cost.calls,
+        weights_bytes=phase.resident_bytes + phase.cost.window_bytes, activations_bytes=phase.held_bytes + phase.cost.activations_bytes,
+        workspace_bytes=phase.cost.workspace_bytes, peak_allocated_bytes=phase.peak_bytes, bound=bound)  # fmt: skip
+
+
+def _measured(cost: Cost) -> bool:
+    total = sum(phase.compute_seconds for phase in cost.phases)
+    known = sum(phase.compute_seconds * phase.cost.time.measured_share for phase in cost.phases)
+    return bool(total) and known > 0.8 * total
+
+
+def _basis(model: CostModel, cost: Cost) -> Basis:
+    if _measured(cost):
+        return "measured"
+    order: tuple[Basis, ...] = ("assumed", "published", "datasheet", "measured")
+    return min(model.coefficients.basis, model.device.basis, key=order.index)
+
+
+def _terms(model: CostModel, cost: Cost) -> tuple[Term, ...]:
+    """Every line of the two sums, for ``explain -v``."""
+    coefficients = model.coefficients
+    top = max(cost.phases, key=lambda phase: phase.peak_bytes, default=None)
+    terms: list[Term] = []
+    if top is not None:
+        name = cost.trace.calls[top.call].name
+        terms += [
+            Term(name=f"weights resident during {name}", bytes=top.resident_bytes, basis="datasheet", source="the model's configuration; offload simulated over the calls made"),
+            Term(name="weights moving through", bytes=top.cost.window_bytes, basis="datasheet", source="largest unit that offload keeps on the device"),
+            Term(name="held by the pipeline", bytes=top.held_bytes, basis="datasheet", source="lifetimes in the dry run"),
+            Term(name=f"activations of {name}", bytes=top.cost.activations_bytes, basis="datasheet", source="lifetimes in the dry run"),
+            Term(name=f"operator workspace of {name}", bytes=top.cost.workspace_bytes, basis="published", source="layout copies and attention buffers, planner.cost.workspace"),
+        ]  # fmt: skip
+    if cost.blas_bytes:
+        terms.append(Term(name="cuBLAS workspace", bytes=cost.blas_bytes, basis="datasheet", source=coefficients.source("blas_workspace_bytes")))
+    if cost.graph_pool_bytes:
+        terms.append(Term(name="CUDA graph pool", bytes=cost.graph_pool_bytes, basis="assumed", source="activations of the captured call stay in its pool"))
+    if coefficients.context_bytes:
+        terms.append(Term(name="context and libraries (not torch's)", bytes=coefficients.context_bytes, basis=coefficients.basis, source=coefficients.source("context_bytes")))
+    for phase in cost.phases:
+        trace = cost.trace.calls[phase.call]
+        flops = sum(float(trace.flops[trace.kind == kind].sum()) for kind in (Kind.MATMUL, Kind.CONVOLUTION, Kind.ATTENTION))
+        how = f"{phase.count} x {flops / 1e12:.3g} TFLOP, {phase.cost.time.kernels} kernels"
+        terms.append(Term(name=f"{trace.name}", seconds=phase.compute_seconds * cost.calls, basis=coefficients.basis, source=how))
+        if phase.transfer_seconds:
+            terms.append(Term(name=f"{trace.name}: copies", seconds=phase.transfer_seconds * cost.calls, basis=coefficients.basis, source=coefficients.source("link_share")))
+    terms.append(Term(name="the pipeline's own code", seconds=cost.glue_seconds * cost.calls, basis=coefficients.basis, source=coefficients.source("launch_seconds")))
+    terms.append(Term(name="pictures on the host", seconds=cost.host_seconds * cost.calls, basis=coefficients.basis, source=coefficients.source("picture_bytes_per_second")))
+    return tuple(terms)
+
+
+__all__ = ["estimate_of", "reserved_bytes", "step_seconds"]
