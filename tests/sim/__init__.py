@@ -25,21 +25,26 @@ __all__ = [
 ]  # fmt: skip
 
 DEVICE_NAME = "sim"
-_library: torch.library.Library | None = None
+_libraries: list[torch.library.Library] = []
 
 
 def loaded() -> bool:
-    return _library is not None
+    return bool(_libraries)
 
 
 def load() -> torch.device:
     """Register the `sim` device with torch, for the rest of the process, and return it."""
-    global _library
-    if _library is None:
+    if not _libraries:
         backend_registration._setup_privateuseone_for_python_backend(DEVICE_NAME, backend_module=SimModule())
         tensor.DEVICE = torch.device(DEVICE_NAME, 0)
-        _library = torch.library.Library("_", "IMPL")
-        _library.fallback(lambda func, *args, **kwargs: tensor.dispatch(func, args, kwargs), "PrivateUse1")
+        everything, ours = torch.library.Library("_", "IMPL"), torch.library.Library("aten", "IMPL")
+        everything.fallback(lambda func, *args, **kwargs: tensor.dispatch(func, args, kwargs), "PrivateUse1")
+        # torch.tensor(..., device="sim") and torch.Tensor([...]) call these two below the subclass, where torch 2.13
+        # does not find the fallback ("func != nullptr INTERNAL ASSERT FAILED") but does find a kernel of their own.
+        copy_, item = torch.ops.aten.copy_.default, torch.ops.aten._local_scalar_dense.default
+        ours.impl("copy_", lambda *args, **kwargs: tensor.dispatch(copy_, args, kwargs), "PrivateUse1")
+        ours.impl("_local_scalar_dense", lambda *args: tensor.dispatch(item, args, {}), "PrivateUse1")
+        _libraries.extend((everything, ours))
     assert tensor.DEVICE is not None
     return tensor.DEVICE
 

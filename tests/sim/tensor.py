@@ -49,6 +49,15 @@ class SimTensor(torch.Tensor):
             memo[id(self)] = torch.nn.Parameter(copied, self.requires_grad) if is_parameter else copied
         return memo[id(self)]
 
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
+        return f"{self.raw!r} on {DEVICE}"
+
+    def __format__(self, spec: str) -> str:
+        return format(self.item(), spec) if self.dim() == 0 else object.__format__(self, spec)
+
+    def tolist(self) -> Any:
+        return self.cpu().tolist()
+
     __torch_function__ = torch._C._disabled_torch_function_impl
 
     @classmethod
@@ -127,7 +136,7 @@ def _refuse_mixed_devices(name: str, leaves: list[Any]) -> None:
         )
 
 
-def _answer(out: Any, leaves: list[Any], in_place: bool) -> Any:
+def _answer(out: Any, leaves: list[Any]) -> Any:
     """Wrap results; a result that is one of the inputs (in-place, out=) is answered with that input itself."""
     owners = {id(x.raw): x for x in leaves if isinstance(x, SimTensor)}
 
@@ -135,11 +144,10 @@ def _answer(out: Any, leaves: list[Any], in_place: bool) -> Any:
         if not isinstance(value, torch.Tensor):
             return value
         owner = owners.get(id(value))
-        same = owner is not None and owner.shape == value.shape and owner.stride() == value.stride()
-        if owner is None or not (same or in_place):
-            return wrap(value)  # a new tensor, or an empty out= that the operation has grown
-        if not same:
-            raise NotImplementedError("sim: an in-place operation that changes a tensor's shape or strides")
+        if owner is None:
+            return wrap(value)
+        if owner.shape != value.shape or owner.stride() != value.stride():
+            _set_data(owner, wrap(value))  # squeeze_(), or an empty out= that the operation has grown
         return owner
 
     return tree_map(one, out)
@@ -159,7 +167,7 @@ def dispatch(func: Any, args: Any, kwargs: Any) -> Any:
     out = func(*tree_map(_unwrap, args), **tree_map(_unwrap, kwargs))
     if name in TO_HOST:
         return out
-    return _answer(out, leaves, name.endswith("_"))
+    return _answer(out, leaves)
 
 
 # Patches that last only while the simulator is active. `param.data = other` across devices is what Module.to() and
@@ -212,7 +220,20 @@ def _is_pinned(self: torch.Tensor, *args: Any, **kwargs: Any) -> bool:
     return not isinstance(self, SimTensor) and memory.is_pinned(self)
 
 
+_attention = torch.nn.functional.scaled_dot_product_attention
+
+
+def _sdpa(*args: Any, **kwargs: Any) -> torch.Tensor:
+    """One operation, as the fused kernels of a GPU are, instead of the matrices it is made of."""
+    leaves = tree_leaves((args, kwargs))
+    if not any(isinstance(x, SimTensor) for x in leaves):
+        return _attention(*args, **kwargs)
+    _refuse_mixed_devices("scaled_dot_product_attention", leaves)
+    return wrap(_attention(*tree_map(_unwrap, args), **tree_map(_unwrap, kwargs)))
+
+
 def install_patches() -> None:
+    torch.nn.functional.scaled_dot_product_attention = _sdpa
     torch.Tensor.data = property(lambda self: _get_data(self), _set)
     torch.Tensor.pin_memory, torch.Tensor.is_pinned = _pin_memory, _is_pinned
     torch._has_compatible_shallow_copy_type = _compatible
@@ -222,3 +243,4 @@ def remove_patches() -> None:
     for name in ("data", "pin_memory", "is_pinned"):
         delattr(torch.Tensor, name)  # what torch._C.TensorBase defines shows again
     torch._has_compatible_shallow_copy_type = _may_set_data
+    torch.nn.functional.scaled_dot_product_attention = _attention

@@ -38,7 +38,8 @@ class Case:
 
     def build(self) -> Any:
         """A new pipeline on the CPU in float32, in eval mode, with the progress bar off."""
-        with seeded():
+        # Without gradients: a graph left behind by old-style weight_norm would keep parameters from being moved.
+        with seeded(), torch.no_grad():
             pipe = self.make()
         for component in pipe.components.values():
             if isinstance(component, torch.nn.Module):
@@ -49,7 +50,8 @@ class Case:
     def inputs(self, pipe: Any, seed: int = SEED) -> dict[str, Any]:
         """Keyword arguments of one call of `pipe`, with a fresh seeded CPU generator where the call takes one."""
         given = self.arguments() if callable(self.arguments) else self.arguments
-        call = dict(given)
+        device = pipe._execution_device  # a tensor in a call is an earlier stage's answer, so it is where the pipe runs
+        call = {key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in given.items()}
         if self.generator:
             call["generator"] = torch.Generator("cpu").manual_seed(seed)
         return call
