@@ -1,0 +1,78 @@
+"""Which device a plan is for, and how much of it a plan may use."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from planner.cost.coefficients import default_coefficients
+from planner.progress import Progress
+from planner.types import Device
+from planner.units import GIB, MIB, format_bytes, parse_bytes
+
+HEADROOM_SHARE = 0.02
+HEADROOM_LEAST_BYTES = 256 * MIB
+CPU_HEADROOM_BYTES = 1 * GIB
+"""Assumed: what the rest of the process and the operating system need while a plan runs."""
+
+
+def target_for(gpu: str | None, memory: int | str | None, host_budget_bytes: int | None) -> Device:
+    """The device named by ``gpu`` (a profile, or ``cpu``), or the one detected here, with its budget filled in.
+
+    Raises:
+        HardwareError: an unknown GPU, with the nearest names.
+        UsageError: a budget that is not a size.
+    """
+    from planner.hardware.profiles import device_from_profile, find_gpu
+
+    if gpu is None:
+        return live_target(None, None, memory, "never", lambda line: None)
+    if gpu.strip().lower() == "cpu":
+        from planner.hardware.detect import detect_device
+
+        return with_budget(detect_device("cpu"), memory)
+    profile, note = find_gpu(gpu)
+    device = with_budget(device_from_profile(profile, note=note), memory)
+    return device.model_copy(update={"host_free_bytes": host_budget_bytes}) if host_budget_bytes else device
+
+
+def live_target(pipe: Any, device: Any, memory: int | str | None, calibrate: str, say: Progress) -> Device:
+    """The device here: CUDA when there is one, else the CPU, whose speed is measured unless ``calibrate`` is "never"."""
+    from planner.hardware.detect import detect_device
+
+    found = device if isinstance(device, Device) else detect_device(device)
+    if found.kind == "cpu" and calibrate != "never":
+        from planner.calibrate import cpu_device_measured
+
+        say("measuring this CPU")
+        found = cpu_device_measured(found)
+    return with_budget(found, memory, pipe)
+
+
+def with_budget(device: Device, memory: int | str | None, pipe: Any = None) -> Device:
+    """The device with ``budget_bytes``: what was asked for, or what is free less the CUDA context and a headroom.
+
+    The headroom is 2 % of the device, at least 256 MiB (1 GiB of host memory on a CPU): an assumption, for what other
+    processes and fragmentation take. Weights of ``pipe`` that are on the device already count as free.
+    """
+    if memory is not None:
+        return device.model_copy(update={"budget_bytes": parse_bytes(memory, "memory budget")})
+    free = device.free_bytes if device.free_bytes is not None else device.total_bytes
+    if device.kind == "cpu":
+        budget = free - CPU_HEADROOM_BYTES + _already_there(pipe, "cpu")
+    else:
+        context = default_coefficients(device).context_bytes if device.free_bytes is None else 0
+        budget = free - context - max(int(device.total_bytes * HEADROOM_SHARE), HEADROOM_LEAST_BYTES) + _already_there(pipe, device.kind)
+    return device.model_copy(update={"budget_bytes": max(budget, 1)})
+
+
+def _already_there(pipe: Any, kind: str) -> int:
+    if pipe is None:
+        return 0
+    from planner.measure import weight_bytes
+
+    return weight_bytes(pipe, kind)
+
+
+def describe_budget(device: Device) -> str:
+    """``"10.90 GiB of 12.00 GiB"``."""
+    return f"{format_bytes(device.budget_bytes)} of {format_bytes(device.total_bytes)}"
