@@ -52,6 +52,7 @@ def read_facts(pipe: Any) -> PipelineFacts:
         vae_shares_dtype="vae.dtype" not in source,
         default_steps=_default_steps(cls),
         scheduler=None if scheduler is None else type(scheduler).__name__,
+        inspects_scheduler="prepare_extra_step_kwargs" in source,
         scheduler_compatibles=tuple(sorted(getattr(type(scheduler), "_compatibles", ()))),
     )
 

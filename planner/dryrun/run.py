@@ -47,7 +47,7 @@ class DryRun:
         session, trace = self._sessions[key]
         wanted = {mode.text: mode for mode in modes if mode.text and mode.text not in trace.modes}
         for index, invocation in enumerate(session.invocations):
-            module = session.pipe.__dict__.get(invocation.component)
+            module = session.modules[invocation.component]
             if hasattr(module, "use_tiling") or hasattr(module, "use_slicing"):
                 for mode in wanted.values():
                     _add_variant(session, trace, index, module, mode)
@@ -64,7 +64,7 @@ class DryRun:
         for with_images in attempts:
             session = Session.of(self.pipe)
             if dtype is not None:
-                cast_meta(session.pipe, dtype)
+                cast_meta(session, dtype)
             try:
                 arguments = call_arguments(self.pipe, workload, inputs, with_images)
                 arguments = cast_inputs(arguments, dtype)
@@ -97,12 +97,10 @@ def _notes(with_images: bool) -> tuple[str, ...]:
     return ("image arguments were filled with stand-in pictures of the default size",) if with_images else ()
 
 
-def cast_meta(pipe: Any, dtype: str) -> None:
+def cast_meta(session: Session, dtype: str) -> None:
     """Cast the floating weights of a shadow pipeline, keeping what the class keeps in fp32 (``_keep_in_fp32_modules``)."""
     target = TORCH_DTYPES[dtype]
-    for module in vars(pipe).values():
-        if not isinstance(module, torch.nn.Module):
-            continue
+    for module in session.modules.values():
         keep = tuple(getattr(module, "_keep_in_fp32_modules", None) or ())
         library = type(module).__module__.split(".")[0]
         if library == "transformers" and dtype != "fp16":

@@ -1,0 +1,59 @@
+"""What must be seen above the dispatcher: attention as one operation, and values that the code reads back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from planner.dryrun.recorder import Recorder
+from planner.dryrun.tensors import FLOATING
+
+_READS = {torch.Tensor.numpy, torch.Tensor.tolist, torch.Tensor.__array__, torch.Tensor.item}
+
+
+class Functions(TorchFunctionMode):
+    """Keeps ``scaled_dot_product_attention`` whole and answers moves to the host and reads of ``meta`` tensors."""
+
+    def __init__(self, recorder: Recorder) -> None:
+        super().__init__()
+        self.recorder = recorder
+
+    def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.nn.functional.scaled_dot_product_attention:
+            return self._attention(func, args, kwargs)
+        if func is torch.Tensor.cpu and not self.recorder.inside:
+            return self._cpu(func, args, kwargs)
+        if func in _READS and args[0].device.type == "meta":
+            return self._read(func, args, kwargs)
+        return func(*args, **kwargs)
+
+    def _attention(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        named = dict(zip(("query", "key", "value", "attn_mask"), args, strict=False)) | kwargs
+        query, key, value = named["query"], named["key"], named["value"]
+        if not self.recorder.inside and not any(t.device.type == "meta" for t in (query, key, value)):
+            return func(*args, **kwargs)
+        return self.recorder.attention(query, key, value, named.get("attn_mask"))
+
+    def _cpu(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """A result leaves the device: counted, and from here on it is the host's."""
+        tensor = args[0]
+        if tensor.dtype in FLOATING or tensor.dtype is torch.uint8:
+            self.recorder.to_host_bytes += tensor.numel() * tensor.element_size()
+        if tensor.device.type != "meta":
+            return func(*args, **kwargs)
+        with torch._C.DisableTorchFunction(), torch.utils._python_dispatch._disable_current_modes():
+            moved = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+        self.recorder.to_host(moved)
+        return moved
+
+    def _read(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        tensor = args[0]
+        if self.recorder.inside:
+            self.recorder.frame.fallbacks.add(f"{func.__name__}: computed values are read, answered with zeros")
+        with torch.utils._python_dispatch._disable_current_modes():
+            zeros = torch.zeros((), dtype=tensor.dtype).expand(tensor.shape)
+            return func(zeros, *args[1:], **kwargs)
