@@ -25,11 +25,12 @@ _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 class Published(Frozen):
     """A published size that a count can be held against.
 
-    ``count``: parameters; ``tensor_bytes``: sum over tensors (``total_size`` of an index); ``file_bytes``: one
-    safetensors file with its header; ``rounded``: parameters as prose gives them, to the nearest ``to``.
+    ``tensor_bytes``: sum over tensors (``total_size`` of an index); ``file_bytes``: one weights file with its header;
+    ``rounded_bytes``: the same to the nearest ``to``, as file listings show it; ``rounded``: parameters as prose
+    gives them, to the nearest ``to``.
     """
 
-    kind: Literal["count", "tensor_bytes", "file_bytes", "rounded"]
+    kind: Literal["tensor_bytes", "file_bytes", "rounded_bytes", "rounded"]
     value: Annotated[int, Field(gt=0)]
     dtype: Literal["fp32", "fp16", "bf16"] | None = None
     to: Annotated[int, Field(gt=0)] | None = None
@@ -55,6 +56,8 @@ class ProfileFile(Frozen):
     dtype: Literal["fp32", "fp16", "bf16"]
     dtype_source: str
     parameters: dict[str, ParameterCount]
+    uncounted: dict[str, str] = {}
+    """Components for which no published size was found, and why."""
     license: str
     gated: bool
     configs_source: str
@@ -73,6 +76,7 @@ class ModelProfile(Frozen):
     components: dict[str, str]
     """Component name to class name."""
     parameters: dict[str, ParameterCount]
+    uncounted: dict[str, str]
     license: str
     gated: bool
     configs_source: str
@@ -138,14 +142,19 @@ def _key(text: str) -> str:
 
 @lru_cache(maxsize=1)
 def _names() -> dict[str, str]:
-    """Every accepted name to its profile. Raises ProfileError when two profiles claim one name."""
+    """Every accepted name to its profile; a hub id means the profile without a base, when several share it.
+
+    Raises:
+        ProfileError: two profiles claim one name.
+    """
     table: dict[str, str] = {}
-    for path in sorted(profiles_folder().glob("*/profile.json")):
-        name = path.parent.name
-        file = _profile_file(name)
-        for alias in (name, file.hub_id, *file.aliases):
-            if table.setdefault(_key(alias), name) != name:
-                raise ProfileError(f"models/{name}/profile.json: {alias!r} already means {table[_key(alias)]}.")
+    files = [_profile_file(path.parent.name) for path in sorted(profiles_folder().glob("*/profile.json"))]
+    for file in files:
+        for alias in (file.name, *file.aliases):
+            if table.setdefault(_key(alias), file.name) != file.name:
+                raise ProfileError(f"models/{file.name}/profile.json: {alias!r} already means {table[_key(alias)]}.")
+    for file in sorted(files, key=lambda file: file.base is not None):
+        table.setdefault(_key(file.hub_id), file.name)
     return table
 
 

@@ -36,7 +36,7 @@ def _mode(max_elements: int) -> Any:
     random = {torch.empty, torch.randn, torch.rand, torch.randint, torch.normal, torch.empty_strided}
     filled = {torch.zeros, torch.ones, torch.full}
 
-    class Hybrid(TorchFunctionMode):
+    class Hybrid(TorchFunctionMode):  # type: ignore[misc]
         def __init__(self) -> None:
             super().__init__()
             self.tensors = self.elements = 0
@@ -45,12 +45,12 @@ def _mode(max_elements: int) -> Any:
             kwargs = kwargs or {}
             if func.__name__ == "__get__":
                 return func(*args, **kwargs)
-            if getattr(func, "__module__", None) == "torch.nn.init" and args and args[0].device.type == "meta":
+            if _is_filling(func) and args and isinstance(args[0], torch.Tensor) and args[0].device.type == "meta":
                 return args[0]
             if func in random or func in filled:
                 return self.create(func, args, dict(kwargs))
-            if types:
-                args, kwargs = _lift_large(args), _lift_large(kwargs)
+            if _is_large(args) or _is_large(kwargs.values()):
+                return func(*_lift_all(args), **_lift_all(kwargs))
             try:
                 return func(*args, **kwargs)
             except (RuntimeError, NotImplementedError, ValueError):
@@ -74,6 +74,12 @@ def _mode(max_elements: int) -> Any:
     return Hybrid()
 
 
+def _is_filling(func: Any) -> bool:
+    """Writes values only, which a ``meta`` tensor does not have."""
+    fills = ("uniform_", "normal_", "fill_", "zero_", "copy_")
+    return func.__name__ in fills or getattr(func, "__module__", None) == "torch.nn.init"
+
+
 def _map(value: Any, change: Any) -> Any:
     import torch
 
@@ -86,8 +92,17 @@ def _map(value: Any, change: Any) -> Any:
     return value
 
 
-def _lift_large(value: Any) -> Any:
-    return _map(value, lambda t: t if t.device.type == "meta" or t.numel() <= REAL_ELEMENTS else t.to("meta"))
+def _is_large(values: Any) -> bool:
+    """Whether an operand is large or already on ``meta``, or a product of small ones would be large."""
+    import torch
+
+    product, large = 1, False
+    for value in values:
+        for item in value if type(value) in (list, tuple) else (value,):
+            if isinstance(item, torch.Tensor):
+                product *= max(1, item.numel())
+                large = large or item.device.type == "meta" or item.numel() > REAL_ELEMENTS
+    return large or product > REAL_ELEMENTS**2 // 256
 
 
 def _lift_all(value: Any) -> Any:

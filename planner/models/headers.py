@@ -98,7 +98,8 @@ def _entry(path: Path, name: str, entry: object, data_bytes: int) -> tuple[str, 
     where = f"{path}: {name}"
     if not isinstance(entry, dict):
         raise ProfileError(f"{where}: not a tensor entry.")
-    dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
+    fields: tuple[Any, Any, Any] = (entry.get("dtype"), entry.get("shape"), entry.get("data_offsets"))
+    dtype, shape, offsets = fields
     if not isinstance(dtype, str) or not _is_sizes(shape) or not _is_sizes(offsets) or len(offsets) != 2:
         raise ProfileError(f"{where}: dtype, shape or data_offsets are missing or malformed.")
     begin, end = offsets

@@ -131,7 +131,7 @@ def _pipeline_class(index: dict[str, Any], where: str) -> str:
         raise UnsupportedPipeline(f"{where}: model_index.json has no usable _class_name (found {name!r}).")
     if name in diffusers_names():
         return name
-    if name.startswith("Flax") or name.startswith("Onnx"):
+    if name.startswith(("Flax", "Onnx")):
         raise UnsupportedPipeline(f"{where}: {name} is no PyTorch pipeline; only PyTorch pipelines can be planned.")
     if name.endswith(("ModularPipeline", "Blocks")):
         raise UnsupportedPipeline(f"{where}: {name} is a modular pipeline; only DiffusionPipeline can be planned.")
@@ -152,12 +152,14 @@ def diffusers_names() -> frozenset[str]:
 
 
 @lru_cache(maxsize=1)
-def pipeline_modules() -> frozenset[str]:
-    """Packages below ``diffusers.pipelines``, which an index may name as a component's library."""
+def pipeline_modules() -> dict[str, str]:
+    """Packages of diffusers' own pipelines, which an index may name as a component's library, to their import path."""
     spec = importlib.util.find_spec("diffusers")
     if spec is None or spec.origin is None:
-        return frozenset()
-    return frozenset(p.parent.name for p in (Path(spec.origin).parent / "pipelines").glob("*/__init__.py"))
+        return {}
+    top = Path(spec.origin).parent / "pipelines"
+    old = {p.parent.name: f"diffusers.pipelines.deprecated.{p.parent.name}" for p in top.glob("deprecated/*/__init__.py")}
+    return old | {p.parent.name: f"diffusers.pipelines.{p.parent.name}" for p in top.glob("*/__init__.py")}
 
 
 def _component(name: str, value: list[str], read: Reader, where: str, code: Callable[[str], bool]) -> Component:

@@ -10,7 +10,7 @@ from typing import Any
 from planner.errors import UnsupportedPipeline
 from planner.models.layout import digest_of
 
-_SWITCHES = ("use_slicing", "use_tiling", "use_framewise_decoding", "tile_sample_min_size", "tile_latent_min_size")
+_SWITCHES: tuple[str, ...] = ("use_slicing", "use_tiling", "use_framewise_decoding", "tile_sample_min_size", "tile_latent_min_size")
 _SWITCHES += ("tile_sample_min_height", "tile_sample_min_width", "gradient_checkpointing", "training")
 
 
@@ -81,7 +81,7 @@ def _component(value: Any) -> object:
 
 
 def _config(value: Any) -> object:
-    config = getattr(value, "config", None)
+    config: Any = getattr(value, "config", None)
     if hasattr(config, "to_dict"):
         return config.to_dict()
     try:

@@ -17,7 +17,7 @@ from typing import Any
 from planner.errors import PlannerError, ProfileError, UnsupportedPipeline
 from planner.models.factories import hybrid_factories
 from planner.models.headers import Stored
-from planner.models.layout import Component, Layout
+from planner.models.layout import Component, Layout, pipeline_modules
 from planner.models.standins import make_standin
 from planner.types import DTYPES
 
@@ -39,7 +39,7 @@ def build_pipeline(layout: Layout, dtype: str, stored: dict[str, Stored]) -> Any
     if dtype not in DTYPES:
         raise ProfileError(f"dtype {dtype!r}: one of {', '.join(DTYPES)} is wanted.")
     cls = _pipeline_class(layout)
-    accepted = set(inspect.signature(cls.__init__).parameters)
+    accepted = set(inspect.signature(cls).parameters)
     parts: dict[str, Any] = {name: None for name in layout.absent if name in accepted}
     for component in layout.components:
         if component.name in accepted:
@@ -47,10 +47,24 @@ def build_pipeline(layout: Layout, dtype: str, stored: dict[str, Stored]) -> Any
             if component.name in stored and hasattr(parts[component.name], "state_dict"):
                 check_stored(component, parts[component.name], stored[component.name], layout.where)
     arguments = {key: copy.deepcopy(value) for key, value in layout.arguments.items() if key in accepted}
+    return _assemble(cls, parts, arguments, layout)
+
+
+def _assemble(cls: Any, parts: dict[str, Any], arguments: dict[str, Any], layout: Layout) -> Any:
+    """Call the pipeline's constructor; some build further modules there (AnimateDiff), which go to ``meta`` as well."""
     try:
-        return cls(**parts, **arguments)
+        with hybrid_factories(MAX_PARAMETERS):
+            pipeline = cls(**parts, **arguments)
+    except PlannerError:
+        raise
     except Exception as error:
-        raise ProfileError(f"{layout.where}: {layout.class_name} cannot be put together from its model_index.json ({error}).") from error
+        raise ProfileError(
+            f"{layout.where}: {layout.class_name} cannot be put together from its model_index.json ({error})."
+        ) from error
+    for part in pipeline.components.values():
+        if hasattr(part, "named_parameters"):
+            to_meta(part)
+    return pipeline
 
 
 def _pipeline_class(layout: Layout) -> type:
@@ -84,7 +98,7 @@ def build_component(component: Component, dtype: str, where: str) -> Any:
 
 def _component_class(component: Component, at: str) -> Any:
     library, name = component.library, component.class_name
-    place = library if library in ("diffusers", "transformers") else f"diffusers.pipelines.{library}"
+    place = pipeline_modules().get(library, library)
     try:
         cls = getattr(importlib.import_module(place), name, None)
     except Exception as error:
@@ -100,7 +114,7 @@ def _guarded(at: str, component: Component, make: Callable[[], Any]) -> Any:
     except PlannerError:
         raise
     except Exception as error:
-        text = str(error).splitlines()[0][:300] if str(error) else ""
+        text = " ".join(str(error).split())[:300]
         raise ProfileError(f"{at}: {component.class_name} cannot be built from its config ({type(error).__name__}: {text}).") from error
 
 
@@ -116,7 +130,8 @@ def check_bounds(config: object, at: str, key: str = "") -> None:
         if _REPEATS.search(key) and total > MAX_REPEATS and "channels" not in key:
             raise ProfileError(f"{at}/config.json: {key} sums to {total}; more than {MAX_REPEATS} is refused.")
     elif isinstance(config, int) and not isinstance(config, bool):
-        if abs(config) > MAX_SIZE or (config > MAX_REPEATS and _REPEATS.search(key) and "channels" not in key):
+        repeats = config > MAX_REPEATS and _REPEATS.search(key) is not None and "channels" not in key
+        if repeats or abs(config) > MAX_SIZE:
             raise ProfileError(f"{at}/config.json: {key} = {config} is refused as too large.")
 
 

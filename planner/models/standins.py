@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from math import ceil, sqrt
 from typing import Any
 
-from planner.models.layout import Component
+from planner.models.layout import Component, pipeline_modules
 
 _WORDS = re.compile(r"<\|[^|<>]*\|>|</?\w+>|\[/?\w+\]|\n+|\w+|[^\w\s]")
 _LETTERS_PER_TOKEN = 12
@@ -59,7 +59,7 @@ class _StandIn:
         self._component = component
 
     @property  # type: ignore[misc]
-    def __class__(self) -> type:  # type: ignore[override]
+    def __class__(self) -> type:  # noqa: D105
         component = self.__dict__.get("_component")
         return type(self) if component is None else _real_class(component) or type(self)
 
@@ -71,8 +71,7 @@ class _StandIn:
 def _real_class(component: Component) -> type | None:
     import importlib
 
-    library = component.library
-    place = library if library == "transformers" else f"diffusers.pipelines.{library}"
+    place = pipeline_modules().get(component.library, component.library)
     try:
         found = getattr(importlib.import_module(place), component.class_name, None)
     except Exception:
@@ -87,10 +86,10 @@ class StandInTokenizer(_StandIn):
         super().__init__(component)
         config = component.files.get("tokenizer_config.json", {})
         family = next((f for name, f in _FAMILIES if component.class_name.startswith(name)), _CHAT)
-        limit = config.get("model_max_length")
+        limit: Any = config.get("model_max_length")
         usable = isinstance(limit, int | float) and 0 < limit < _UNBOUNDED
         self.model_max_length: int = int(limit) if usable else family["length"] or _UNBOUNDED
-        self.bos_token_id, self.eos_token_id, self.pad_token_id = family["bos"], family["eos"], family["pad"]
+        self.bos_token_id, self.eos_token_id, self.pad_token_id = family["bos"], family["eos"] or 2, family["pad"] or 0
         self.bos_token, self.eos_token, self.pad_token, self.unk_token = "<s>", "</s>", "<pad>", "<unk>"
         self.padding_side = config.get("padding_side", "left" if "ChatGLM" in component.class_name else "right")
         self.name_or_path = component.name
@@ -129,7 +128,7 @@ class StandInTokenizer(_StandIn):
     def _cut(self, row: list[int], limit: int) -> list[int]:
         if len(row) <= limit:
             return row
-        return row[: limit - 1] + [self.eos_token_id] if self._closes else row[:limit]
+        return [*row[: limit - 1], self.eos_token_id] if self._closes else row[:limit]
 
     def _pack(self, rows: list[list[int]], options: dict[str, Any], single: bool) -> Any:
         """Pad, add masks, and make tensors when asked; one plain text stays one row, as in transformers."""
@@ -165,8 +164,7 @@ class StandInTokenizer(_StandIn):
 
     def encode(self, text: Any, **options: Any) -> Any:
         """Ids of one text."""
-        ids = self(text, **options)["input_ids"]
-        return ids
+        return self(text, **options)["input_ids"]
 
     def tokenize(self, text: str, **_: Any) -> list[str]:
         """Pieces of a text."""
@@ -367,7 +365,7 @@ def _listed(images: Any) -> list[Any]:
 def _count(images: Any) -> int:
     if isinstance(images, list | tuple):
         return len(_listed(images))
-    shape = getattr(images, "shape", ())
+    shape: tuple[int, ...] = tuple(getattr(images, "shape", ()))
     return int(shape[0]) if len(shape) == 4 else 1
 
 
