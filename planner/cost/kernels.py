@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from planner.cost.coefficients import Coefficients
-from planner.cost.workspace import attention_bytes, attention_kernel, dtype_bytes, uses_channels_last_kernels
+from planner.cost.workspace import attention_bytes, attention_kernel, dtype_bytes, has_convolution, uses_channels_last_kernels
 from planner.dryrun.trace import DTYPES, CallTrace, Floats, Kind
 from planner.recipe import Recipe
 from planner.types import Bound, Device
@@ -16,7 +16,7 @@ from planner.types import Bound, Device
 TILE_M, TILE_N = 128, 128
 """Usual output tile of tensor-core matmul kernels; decides how a small product fills the multiprocessors."""
 ASSUMED_SM_COUNT = 80
-_ATTENTION_WIDTHS = (32, 64, 96, 128, 192, 256)
+_ATTENTION_WIDTHS = (32, 64, 96, 128, 160, 192, 224, 256)
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,10 +36,12 @@ def call_time(call: CallTrace, device: Device, coefficients: Coefficients, recip
               probes: Mapping[str, float] | None = None, fused: bool = False) -> CallTime:  # fmt: skip
     """Time of one call. ``probes`` maps operation signatures (``CallTrace.shapes``) to measured seconds on this device."""
     compute = compute_seconds(call, device, coefficients, recipe, scheme)
-    memory = memory_seconds(call, device, coefficients, recipe, scheme, fused)
+    rate = device.bandwidth_bytes_per_second * coefficients.bandwidth_share
+    memory = direct_bytes(call, scheme, fused) / rate
+    serial = serial_bytes(call, device, recipe, scheme, fused) / rate
     heads = call.fused_head if fused else np.ones(len(call), dtype=np.int64)
     kernels = int(heads.sum())
-    times = np.where(heads > 0, np.maximum(compute, memory) + coefficients.kernel_seconds, compute)
+    times = np.where(heads > 0, np.maximum(compute, memory) + serial + coefficients.kernel_seconds, compute)
     measured = 0.0
     if probes and not fused:
         known = np.array([probes.get(text, np.nan) for text in call.shapes], dtype=np.float64)[call.shape]
@@ -49,7 +51,8 @@ def call_time(call: CallTrace, device: Device, coefficients: Coefficients, recip
     kernel_seconds = float(times.sum())
     launch_seconds = host_seconds(call, coefficients, recipe, kernels, fused)
     seconds = max(kernel_seconds, launch_seconds)
-    bound: Bound = "compute" if compute.sum() >= memory.sum() else "memory"
+    moving = np.maximum(memory - compute, 0.0).sum() + serial.sum()
+    bound: Bound = "memory" if moving > 0.5 * kernel_seconds else "compute"
     return CallTime(seconds, kernel_seconds, launch_seconds, kernels, "launch" if launch_seconds > kernel_seconds else bound, measured)
 
 
@@ -88,7 +91,7 @@ def compute_seconds(call: CallTrace, device: Device, coefficients: Coefficients,
     share = np.where(kind == Kind.CONVOLUTION, coefficients.convolution_share, share)
     share = np.where(kind == Kind.ATTENTION, _attention_shares(call, device, coefficients, recipe), share)
     padded = call.flops / (share * fill(call, device))
-    return padded / peak_flops(call, device, recipe, scheme)
+    return np.asarray(padded / peak_flops(call, device, recipe, scheme), dtype=np.float64)
 
 
 def fill(call: CallTrace, device: Device) -> Floats:
@@ -130,17 +133,26 @@ def _attention_shares(call: CallTrace, device: Device, coefficients: Coefficient
     return out
 
 
-def memory_seconds(call: CallTrace, device: Device, coefficients: Coefficients, recipe: Recipe, scheme: str | None, fused: bool) -> Floats:
-    """Bytes over the reachable bandwidth, hidden copies and score matrices included."""
+def direct_bytes(call: CallTrace, scheme: str | None, fused: bool) -> Floats:
+    """Bytes that each operation's own kernel reads and writes. Group norm reads its input twice: statistics, then values."""
     moved = (call.fused_read_bytes + call.fused_write_bytes if fused else call.read_bytes + call.write_bytes).astype(np.float64)
-    moved = moved + _layout_traffic(call, device, recipe) + _score_traffic(call, device, recipe)
-    if scheme is not None:
-        moved = moved + _weight_traffic(call, scheme, fused)
-    return moved / (device.bandwidth_bytes_per_second * coefficients.bandwidth_share)
+    if not fused:
+        twice = (call.kind == Kind.NORMALIZATION) & has_convolution(call)
+        moved = moved + twice * np.maximum(call.read_bytes - call.param_bytes, 0)
+    return moved + _weight_traffic(call, scheme, fused) if scheme is not None else moved
+
+
+def serial_bytes(call: CallTrace, device: Device, recipe: Recipe, scheme: str | None, fused: bool) -> Floats:
+    """Bytes moved by kernels of their own around an operation: layout copies, and the passes over a score matrix."""
+    scores = _score_traffic(call, device, recipe)
+    return scores if fused else scores + _layout_traffic(call, device, recipe)  # a compiler folds layout copies into its neighbours
 
 
 def _layout_traffic(call: CallTrace, device: Device, recipe: Recipe) -> Floats:
-    """NCHW tensors are copied to NHWC before a tensor-core convolution and its result back: read and write of each."""
+    """NCHW tensors are copied to NHWC before a tensor-core convolution and its result back: read and write of each.
+
+    Under ``channels_last`` the input is still copied, and the output by the group norm that follows, which takes NCHW only.
+    """
     nhwc = uses_channels_last_kernels(device, call)
     if not nhwc.any():
         return np.zeros(len(call))

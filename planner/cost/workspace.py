@@ -108,11 +108,11 @@ def normalization_bytes(call: CallTrace, device: Device, recipe: Recipe) -> Ints
     """Under ``channels_last`` group norm first copies its input to NCHW (aten/src/ATen/native/group_norm.cpp)."""
     if not recipe.channels_last or device.kind != "cuda":
         return np.zeros(len(call), dtype=np.int64)
-    after_convolution = (call.kind == Kind.NORMALIZATION) & _has_convolution(call)
+    after_convolution = (call.kind == Kind.NORMALIZATION) & has_convolution(call)
     return after_convolution * np.maximum(call.read_bytes - call.param_bytes, 0)
 
 
-def _has_convolution(call: CallTrace) -> bool:
+def has_convolution(call: CallTrace) -> bool:
     return bool((call.kind == Kind.CONVOLUTION).any())
 
 

@@ -8,7 +8,8 @@ from planner.dryrun.recorder import Frame
 from planner.dryrun.trace import CallTrace, Kind, columns_from_rows
 
 _FUSIBLE = {int(Kind.POINTWISE), int(Kind.NORMALIZATION), int(Kind.REDUCTION), int(Kind.COPY)}
-_MAX_FUSED_READERS = 4
+_MAX_FUSED_READERS = 1
+"""A storage with more readers (a residual stream) is written once rather than computed again by each of them."""
 _LIVE, _FUSED_READ, _FUSED_WRITE, _FUSED_LIVE, _HEAD = 6, 8, 9, 10, 11
 Span = tuple[int, int, int]
 
