@@ -87,6 +87,8 @@ class PipelineFacts(Frozen):
     opens_cache_context: bool = False
     has_current_timestep: bool = False
     """Exposes ``current_timestep``, which PAB and FasterCache ask for."""
+    guides_in_two_calls: bool = False
+    """May call its denoiser once with and once without the prompt in each step, instead of in one batch."""
     has_fuse_qkv_method: bool = False
     batch_argument: str | None = None
     """Call argument that multiplies the batch, such as ``num_images_per_prompt``."""
@@ -96,6 +98,10 @@ class PipelineFacts(Frozen):
     default_steps: int | None = None
     """Default of the call's ``num_inference_steps``."""
     scheduler: str | None = None
+    inspects_scheduler: bool = False
+    """Its call asks which arguments the scheduler's ``step`` takes (``prepare_extra_step_kwargs``)."""
+    learns_variance: bool = False
+    """The denoiser predicts the variance, too, and the scheduler splits it off."""
     scheduler_compatibles: tuple[str, ...] = ()
     """Scheduler classes that load from this scheduler's config."""
 

@@ -56,7 +56,7 @@ def pipeline(*components: ComponentFacts, **changes: Any) -> PipelineFacts:
     facts: dict[str, Any] = {
         "class_name": "AnyPipeline", "components": components, "dtype": "fp16",
         "offload_sequence": ("text_encoder", "unet", "transformer", "vae"),
-        "batch_argument": "num_images_per_prompt", "default_steps": 50, "scheduler": "DDIMScheduler",
+        "batch_argument": "num_images_per_prompt", "default_steps": 50, "scheduler": "DDIMScheduler", "inspects_scheduler": True,
         "scheduler_compatibles": ("DDIMScheduler", "DPMSolverMultistepScheduler"),
     }  # fmt: skip
     return PipelineFacts(**(facts | changes))
@@ -231,6 +231,8 @@ def test_bad_settings_say_what_was_meant(text: str, said: str) -> None:
         ({"vae_tiling": True}, context(pipeline(UNET)), "no VAE"),
         ({"vae_tile": 700}, context(SD), None),  # settled away: tiling is off
         ({"vae_tiling": True, "vae_tile": 700}, context(SD), "no simple fraction"),
+        ({"scheduler": "DPMSolverMultistepScheduler"}, context(pipeline(UNET, inspects_scheduler=False)), "may not take"),
+        ({"scheduler": "EDMEulerScheduler"}, context(SD), "not among"),
         ({"steps": 60}, context(SD), "more than the 50 planned"),
         ({"offload": "group_leaf", "offload_stream": True}, context(SD, device("sim")), "streams"),
     ],

@@ -45,6 +45,7 @@ def read_facts(pipe: Any) -> PipelineFacts:
         dtype=_pipeline_dtype(components),
         device=_pipeline_device(modules),
         offload=_offload_in_force(modules),
+        guides_in_two_calls='cache_context("uncond")' in source,
         opens_cache_context="cache_context(" in source,
         has_current_timestep=hasattr(cls, "current_timestep"),
         has_fuse_qkv_method=hasattr(cls, "fuse_qkv_projections"),
@@ -53,6 +54,7 @@ def read_facts(pipe: Any) -> PipelineFacts:
         default_steps=_default_steps(cls),
         scheduler=None if scheduler is None else type(scheduler).__name__,
         inspects_scheduler="prepare_extra_step_kwargs" in source,
+        learns_variance="learned" in str(getattr(getattr(scheduler, "config", None), "variance_type", "")),
         scheduler_compatibles=tuple(sorted(getattr(type(scheduler), "_compatibles", ()))),
     )
 

@@ -52,6 +52,10 @@ class Cache(Knob):
             return f"{facts.class_name} never opens a cache_context, so the cache raises at run time (diffusers#12760)"
         if value in NEEDS_TIMESTEP and not facts.has_current_timestep:
             return f"{facts.class_name} has no current_timestep, which this cache asks for"
+        if value in NEEDS_TIMESTEP and facts.guides_in_two_calls:
+            return f"{facts.class_name} may guide in two calls per step, which this cache mixes up (it has one state)"
+        if value == "first_block" and any(len(part.block_paths) < 2 for part in denoisers):
+            return "FirstBlockCache needs two blocks or more, it skips all but the first"
         reasons = (table.get((str(value), part.class_name)) for part in denoisers for table in (NO_EFFECT, FAILS))
         return next((reason for reason in reasons if reason), None)
 

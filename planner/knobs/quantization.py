@@ -116,6 +116,8 @@ def _refuse(part: ComponentFacts, scheme: str, context: Context) -> str | None:
 def _refuse_layerwise(part: ComponentFacts) -> str | None:
     if not part.can_cast_layerwise:
         return "a transformers model reports float8 as its dtype then, and its inputs are cast to it (diffusers#10347)"
+    if any(leaf.path.startswith("encoder_hid_proj.") for leaf in part.leaves):
+        return "its image projection casts its input to the weight's stored dtype (diffusers embeddings.py:1296)"
     if part.role == "vae":
         return "pipelines call decode, and read the VAE's dtype, outside of the hooked forward"
     return None

@@ -36,7 +36,14 @@ class Scheduler(Knob):
         return "exact" if value == AS_IS else "lossy"
 
     def refuse(self, value: KnobValue, context: Context) -> str | None:
-        if value in (AS_IS, context.facts.scheduler) or value in context.facts.scheduler_compatibles:
+        if value in (AS_IS, context.facts.scheduler):
+            return None
+        if not context.facts.inspects_scheduler:
+            name = context.facts.class_name
+            return f"{name} hands its scheduler arguments that another may not take (no prepare_extra_step_kwargs)"
+        if context.facts.learns_variance:
+            return f"{context.facts.scheduler} takes the predicted variance off the denoiser's output, {value} does not"
+        if value in context.facts.scheduler_compatibles:
             return None
         return f"{value} is not among the schedulers that take the config of {context.facts.scheduler}"
 

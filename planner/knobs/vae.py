@@ -15,6 +15,8 @@ if TYPE_CHECKING:
 
 SMALLEST_TILE_PIXELS = 128
 """Below this the seams cover most of a tile; an assumption, smaller ones can be fixed by the user."""
+LEAST_TILE_PIXELS = 16
+"""Two latent pixels of a VAE that shrinks by 8: with one, the stride between tiles rounds to zero and diffusers fails."""
 NEEDS_TILING = {"AutoencoderKLAllegro": "its decode is implemented for tiles only (autoencoder_kl_allegro.py:804)"}
 
 
@@ -66,6 +68,9 @@ class VaeTiling(Knob):
     def refuse(self, value: KnobValue, context: Context) -> str | None:
         if value and not _able(context, "has_tiling"):
             return f"no VAE of {context.facts.class_name} implements tiling"
+        tiny = [vae for vae in _able(context, "has_tiling") if (vae.tile_pixels or LEAST_TILE_PIXELS) < LEAST_TILE_PIXELS]
+        if value and tiny:
+            return f"{tiny[0].name}: tiles of {tiny[0].tile_pixels} pixels leave no room to overlap"
         forced = [vae for vae in context.facts.of_role("vae") if vae.class_name in NEEDS_TILING]
         if not value and forced:
             return f"{forced[0].name} ({forced[0].class_name}): {NEEDS_TILING[forced[0].class_name]}"
