@@ -56,7 +56,7 @@ class ProfileFile(Frozen):
     dtype: Literal["fp32", "fp16", "bf16"]
     dtype_source: str
     parameters: dict[str, ParameterCount]
-    uncounted: dict[str, str] = {}
+    uncounted: dict[str, str] = Field(default_factory=dict)
     """Components for which no published size was found, and why."""
     license: str
     gated: bool

@@ -18,6 +18,10 @@ MAX_TENSORS = 250_000
 """Tensors one component may create; the largest mixture-of-experts models have some 50,000."""
 
 
+_QUERIES = frozenset({"__get__", "_set_grad_enabled", "dim", "size", "is_contiguous", "numel"})
+"""What asks of a tensor or switches gradients: by far the most calls, none makes a tensor."""
+
+
 @contextmanager
 def hybrid_factories(max_elements: int) -> Iterator[None]:
     """Within: ``torch.empty``/``rand*`` make ``meta`` tensors, other tensors go there above REAL_ELEMENTS.
@@ -43,10 +47,12 @@ def _mode(max_elements: int) -> Any:
 
         def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
             kwargs = kwargs or {}
-            if func.__name__ == "__get__":
+            if func.__name__ in _QUERIES:
                 return func(*args, **kwargs)
-            if _is_filling(func) and args and isinstance(args[0], torch.Tensor) and args[0].device.type == "meta":
-                return args[0]
+            if _is_filling(func):
+                target = args[0] if args else kwargs.get("tensor")
+                if isinstance(target, torch.Tensor) and target.device.type == "meta":
+                    return target
             if func in random or func in filled:
                 return self.create(func, args, dict(kwargs))
             if _is_large(args) or _is_large(kwargs.values()):

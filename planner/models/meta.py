@@ -58,9 +58,7 @@ def _assemble(cls: Any, parts: dict[str, Any], arguments: dict[str, Any], layout
     except PlannerError:
         raise
     except Exception as error:
-        raise ProfileError(
-            f"{layout.where}: {layout.class_name} cannot be put together from its model_index.json ({error})."
-        ) from error
+        raise ProfileError(f"{layout.where}: {layout.class_name} cannot be put together from its model_index.json ({error}).") from error
     for part in pipeline.components.values():
         if hasattr(part, "named_parameters"):
             to_meta(part)
@@ -111,8 +109,8 @@ def _component_class(component: Component, at: str) -> Any:
 def _guarded(at: str, component: Component, make: Callable[[], Any]) -> Any:
     try:
         return make()
-    except PlannerError:
-        raise
+    except PlannerError as error:
+        raise type(error)(f"{at}: {component.class_name}: {error}") from error
     except Exception as error:
         text = " ".join(str(error).split())[:300]
         raise ProfileError(f"{at}: {component.class_name} cannot be built from its config ({type(error).__name__}: {text}).") from error

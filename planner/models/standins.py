@@ -59,7 +59,7 @@ class _StandIn:
         self._component = component
 
     @property  # type: ignore[misc]
-    def __class__(self) -> type:  # noqa: D105
+    def __class__(self) -> type:
         component = self.__dict__.get("_component")
         return type(self) if component is None else _real_class(component) or type(self)
 
