@@ -11,6 +11,7 @@ from torch.overrides import TorchFunctionMode
 from planner.dryrun.recorder import Recorder
 from planner.dryrun.tensors import FLOATING
 
+_ATTENTION = torch.nn.functional.scaled_dot_product_attention
 _READS = {torch.Tensor.numpy, torch.Tensor.tolist, torch.Tensor.__array__, torch.Tensor.item}
 
 
@@ -23,15 +24,16 @@ class Functions(TorchFunctionMode):
 
     def __torch_function__(self, func: Callable[..., Any], types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func is torch.nn.functional.scaled_dot_product_attention:
-            return self._attention(func, args, kwargs)
+        if func is _ATTENTION:
+            return self.attention(func, args, kwargs)
         if func is torch.Tensor.cpu and not self.recorder.inside:
             return self._cpu(func, args, kwargs)
         if func in _READS and args[0].device.type == "meta":
             return self._read(func, args, kwargs)
         return func(*args, **kwargs)
 
-    def _attention(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    def attention(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """``scaled_dot_product_attention`` as one operation."""
         named = dict(zip(("query", "key", "value", "attn_mask"), args, strict=False)) | kwargs
         query, key, value = named["query"], named["key"], named["value"]
         if not self.recorder.inside and not any(t.device.type == "meta" for t in (query, key, value)):

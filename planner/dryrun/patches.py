@@ -23,6 +23,7 @@ def patched() -> Iterator[None]:
     """Route ``Module.__call__`` through the active session, as ``torch.fx`` does, and let autocast accept ``meta``."""
     with _lock:
         module_call, autocast_init = nn.Module.__call__, torch.autocast.__init__
+        attention = nn.functional.scaled_dot_product_attention
 
         def call(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
             session = getattr(active, "session", None)
@@ -36,11 +37,18 @@ def patched() -> Iterator[None]:
             else:
                 autocast_init(self, device_type, *args, **kwargs)
 
+        def whole_attention(*args: Any, **kwargs: Any) -> Any:
+            # Python functions of torch.nn.functional (multi-head attention) call it where no function mode can see it.
+            session = getattr(active, "session", None)
+            return attention(*args, **kwargs) if session is None else session.functions.attention(attention, args, kwargs)
+
         nn.Module.__call__, torch.autocast.__init__ = call, init
+        nn.functional.scaled_dot_product_attention = whole_attention
         try:
             yield
         finally:
             nn.Module.__call__, torch.autocast.__init__ = module_call, autocast_init
+            nn.functional.scaled_dot_product_attention = attention
 
 
 @contextlib.contextmanager

@@ -148,8 +148,12 @@ class Recorder(TorchDispatchMode):
 
     def uid_of(self, tensor: torch.Tensor) -> int | None:
         """The uid of a storage counted in the current frame."""
+        return self.uid_in(self.frame, tensor)
+
+    def uid_in(self, frame: Frame, tensor: torch.Tensor) -> int | None:
+        """The uid of a storage counted in ``frame``."""
         ref = self._storages.get(tensor.untyped_storage()._cdata)
-        return ref.uid if ref is not None and ref.frame is self.frame else None
+        return ref.uid if ref is not None and ref.frame is frame else None
 
     def _on_host(self, tensors: list[torch.Tensor]) -> bool:
         return bool(self._host) and bool(tensors) and all(t.untyped_storage()._cdata in self._host for t in tensors if t.dim())

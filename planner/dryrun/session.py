@@ -51,6 +51,7 @@ class Session:
     pipe: Any
     modules: dict[str, nn.Module] = field(default_factory=dict)
     recorder: Recorder = field(default_factory=Recorder)
+    functions: Functions = field(init=False)
     invocations: list[Invocation] = field(default_factory=list)
     events: list[Event] = field(default_factory=list)
     _owners: dict[int, tuple[str, str]] = field(default_factory=dict)
@@ -60,6 +61,9 @@ class Session:
     _weight_bytes: dict[Any, int] = field(default_factory=dict)
     _storages: dict[Any, frozenset[int]] = field(default_factory=dict)
     _glue_seen: tuple[int, int] = (0, 0)
+
+    def __post_init__(self) -> None:
+        self.functions = Functions(self.recorder)
 
     @classmethod
     def of(cls, pipe: Any) -> Session:
@@ -106,7 +110,7 @@ class Session:
         previous = getattr(active, "session", None)
         active.session = self
         try:
-            with patched(), Functions(self.recorder), self.recorder:
+            with patched(), self.functions, self.recorder:
                 yield
         finally:
             active.session = previous
@@ -129,7 +133,9 @@ class Session:
 
     def boundary(self, component: str, path: str, method: str, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """A call from the pipeline into a component: traced the first time, counted and answered after that."""
-        index = self._known(component, path, method, args, kwargs)
+        with no_modes():
+            keys = signature((args, kwargs)), signature((args, kwargs), integers=False)
+        index = self._known((component, path, method, self.state_of(component)), *keys)
         for tensor in leaves((args, kwargs)):
             self.recorder.own(tensor)
         event = self._glue_event(-1, self._weights_of(component))
@@ -140,22 +146,20 @@ class Session:
                 invocation = Invocation(component, path, label, run, convert(args, to_meta, seen), convert(kwargs, to_meta, seen),
                                         self.state_of(component))  # fmt: skip
             invocation.answer, invocation.trace = self._trace(invocation)
-            index = self._remember(component, path, method, args, kwargs, invocation)
+            index = self._remember((component, path, method, invocation.dtype), *keys, invocation)
         self.events.append(replace(event, call=index))
         return self._answer(self.invocations[index].answer)
 
-    def _known(self, component: str, path: str, method: str, args: Any, kwargs: Any) -> int | None:
-        base = (component, path, method, self.state_of(component))
-        known = self._keys.get((*base, signature((args, kwargs))))
+    def _known(self, what: Any, exact: Any, loose: Any) -> int | None:
+        known = self._keys.get((what, exact))
         if known is None:
-            alike = self._integers.get((*base, signature((args, kwargs), integers=False)), ())
+            alike = self._integers.get((what, loose), ())
             known = alike[-1] if len(alike) >= INTEGER_SIGNATURES else None
         return known
 
-    def _remember(self, component: str, path: str, method: str, args: Any, kwargs: Any, invocation: Invocation) -> int:
-        base = (component, path, method, invocation.dtype)
-        index = self._keys[(*base, signature((args, kwargs)))] = len(self.invocations)
-        self._integers.setdefault((*base, signature((args, kwargs), integers=False)), []).append(index)
+    def _remember(self, what: Any, exact: Any, loose: Any, invocation: Invocation) -> int:
+        index = self._keys[what, exact] = len(self.invocations)
+        self._integers.setdefault((what, loose), []).append(index)
         self.invocations.append(invocation)
         return index
 
@@ -195,6 +199,9 @@ class Session:
             recorder.paths.pop()
             recorder.frame = outer
         trace = finish(frame, invocation.component, invocation.method, storage_bytes((args, kwargs)), storage_bytes(answer))
+        given = {uid for tensor in leaves(answer) if (uid := self.recorder.uid_in(frame, tensor)) is not None}
+        kept = sum(size for uid, size in enumerate(frame.bytes) if frame.died[uid] is None and uid not in given)
+        recorder.glue.allocate(kept)  # tables that the component made and keeps, such as rotary frequencies
         with no_modes():
             return convert(answer, to_meta, {}) if fallback else answer, trace
 

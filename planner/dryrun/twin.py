@@ -30,8 +30,11 @@ def meta_twin(module: nn.Module) -> nn.Module:
     compute = {id(part): dtype for part in module.modules() if (dtype := _layerwise_dtype(part)) is not None}
     for part in module.modules():
         _replace_tensors(part, memo, compute.get(id(part)))
-        for name in (*_HOOK_ATTRIBUTES, *_HOOK_TABLES):
+        for name in _HOOK_ATTRIBUTES:
             _skip(part.__dict__.get(name), memo)
+        for name in _HOOK_TABLES:
+            table = part.__dict__.get(name)
+            memo |= {id(hook): None for hook in (table or {}).values() if not _is_of_the_model(hook)}
         _skip_foreign_forward(part, memo)
     _share_what_resists(module, memo)
     for part in [part for part in module.modules() if unwrap(part) is not part]:
@@ -54,7 +57,8 @@ def _replace_tensors(part: nn.Module, memo: dict[int, Any], compute: torch.dtype
         if parameter is not None and id(parameter) not in memo:
             stand_in = meta_like(parameter)
             floating = compute is not None and stand_in.is_floating_point()
-            memo[id(parameter)] = nn.Parameter(stand_in.to(compute) if floating else stand_in, requires_grad=False)
+            # requires_grad is kept: at::matmul folds batches only for weights that have it (should_fold in LinearAlgebra.cpp).
+            memo[id(parameter)] = nn.Parameter(stand_in.to(compute) if floating else stand_in, parameter.requires_grad)
     for name, buffer in part._buffers.items():
         if buffer is not None and id(buffer) not in memo:
             memo[id(buffer)] = _buffer_like(values[name])
@@ -79,7 +83,12 @@ def _layerwise_dtype(part: nn.Module) -> torch.dtype | None:
 def _skip(value: Any, memo: dict[int, Any]) -> None:
     """Keep deepcopy out of hooks, which hold weights, streams and other modules."""
     if value is not None and not isinstance(value, bool | int | str):
-        memo[id(value)] = type(value)() if isinstance(value, dict) else None
+        memo[id(value)] = None
+
+
+def _is_of_the_model(hook: Any) -> bool:
+    """Hooks that are part of how a module computes, such as ``torch.nn.utils.weight_norm``'s."""
+    return type(hook).__module__.startswith("torch.nn.utils.")
 
 
 def _skip_foreign_forward(part: nn.Module, memo: dict[int, Any]) -> None:
@@ -104,10 +113,8 @@ def _share_what_resists(module: nn.Module, memo: dict[int, Any]) -> None:
 def _strip_hooks(part: nn.Module) -> None:
     for name in _HOOK_TABLES:
         table = part.__dict__.get(name)
-        if table is None:
-            part.__dict__[name] = {}
-        elif table:
-            table.clear()
+        for key in [key for key, hook in (table or {}).items() if hook is None or hook is True]:
+            del table[key]
     for name in ("_hf_hook", "_diffusers_hook", "_old_forward"):
         part.__dict__.pop(name, None)
     if part.__dict__.get("forward", part) is None:

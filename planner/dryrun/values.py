@@ -14,6 +14,7 @@ from planner.dryrun.tensors import CPU, FLOATING, SMALL_ELEMENTS, meta_like
 _ATOMS = (str, int, float, bool, torch.dtype, torch.device, torch.Generator, nn.Module)
 _LIBRARIES = ("diffusers.", "transformers.")
 _CALLBACKS = frozenset({"callback", "callback_on_step_end"})
+_MASK_ELEMENTS = 1 << 16
 _COPIED_BYTES = 16 << 20
 """User tensors above this are replaced by zeros, which the system maps lazily, instead of copied."""
 
@@ -81,7 +82,7 @@ def to_zeros(tensor: torch.Tensor) -> torch.Tensor:
 def signature(value: Any, integers: bool = True) -> Any:
     """What decides a component call's trace: shapes, dtypes, flags; with ``integers`` also plain integers."""
     if isinstance(value, torch.Tensor):
-        return (tuple(value.shape), value.dtype)
+        return (tuple(value.shape), value.dtype, _mask_value(value))
     if isinstance(value, bool | str) or value is None:
         return value
     if isinstance(value, int):
@@ -95,6 +96,15 @@ def signature(value: Any, integers: bool = True) -> Any:
     if type(value).__module__.startswith(_LIBRARIES) and not isinstance(value, nn.Module):
         return (type(value).__name__, tuple(signature(tensor) for tensor in leaves(value)))
     return type(value).__name__
+
+
+def _mask_value(tensor: torch.Tensor) -> bytes | None:
+    """A mask's content, for code drops what it masks; ids and time steps are not looked at."""
+    if tensor.dtype in FLOATING or tensor.dim() < 2 or tensor.device.type != "cpu" or not 0 < tensor.numel() <= _MASK_ELEMENTS:
+        return None
+    if tensor.dtype is not torch.bool and int(tensor.max()) > 1:
+        return None
+    return tensor.detach().to(torch.uint8).numpy().tobytes()
 
 
 def private_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
