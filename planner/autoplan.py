@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from planner.calibrate import Calibration, calibration_for
@@ -266,4 +266,4 @@ def _replanned(plan: Plan, measured: Any, refused: dict[str, set[KnobValue]], re
         raise NoFeasiblePlan(f"after a plan that did not hold, nothing else fits: {error}") from error
 
 
-__all__ = ["Request", "autoplan", "estimate", "explain", "max_batch_size", "replace"]
+__all__ = ["Request", "autoplan", "estimate", "explain", "max_batch_size"]

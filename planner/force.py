@@ -119,11 +119,11 @@ def join_values(values: list[Any]) -> Any:
     first = values[0]
     if isinstance(first, list):
         return [item for value in values for item in value]
-    if type(first).__module__ == "numpy" and getattr(first, "ndim", 0):
+    if type(first).__module__ == "numpy" and first.ndim:
         import numpy
 
         return numpy.concatenate(values)
-    if type(first).__module__.startswith("torch") and getattr(first, "ndim", 0):
+    if type(first).__module__.startswith("torch") and first.ndim:
         import torch
 
         return torch.cat(values)
@@ -134,7 +134,9 @@ def is_out_of_memory(error: BaseException) -> bool:
     """Whether an exception is a device running out of memory."""
     import torch
 
-    return isinstance(error, torch.OutOfMemoryError) or "out of memory" in str(error).lower() and isinstance(error, RuntimeError)
+    if isinstance(error, torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and "out of memory" in str(error).lower()
 
 
 def give_back_memory(pipe: Any) -> None:
@@ -153,7 +155,8 @@ def give_back_memory(pipe: Any) -> None:
 def _next_plan(plan: Plan, pipe: Any, failed: Settings, tried: int, error: BaseException) -> None:
     """Replace the settings in force by the next best that need less memory. Raises NoFeasiblePlan after too many."""
     give_back_memory(pipe)
-    bar = next((item.predicted.peak_allocated_bytes for item in plan.alternatives if item.settings == failed), plan.predicted.peak_allocated_bytes)
+    known = (item.predicted.peak_allocated_bytes for item in plan.alternatives if item.settings == failed)
+    bar = next(known, plan.predicted.peak_allocated_bytes)
     smaller = [item for item in plan.alternatives if item.predicted.peak_allocated_bytes < 0.97 * bar]
     take_back(pipe)
     if tried > MAX_RECOVERIES or not smaller:

@@ -100,9 +100,13 @@ def measure_call(pipe: Any, call: Callable[[], Any], device: Any, *, repetitions
             output = call()
             synchronize()
             times.append(time.perf_counter() - start)
-    counters = _cuda_counters(device) if cuda else _cpu_counters(pipe, call) if device.type == "cpu" else {}
+    if cuda:
+        counters = _cuda_counters(device)
+    else:
+        counters = _cpu_counters(pipe, call) if device.type == "cpu" else {}
     middle = sorted(times)[len(times) // 2]
-    return output, Measurement(latency_seconds=middle, step_seconds=clock.step_seconds, repetitions=tuple(times), **counters)
+    seen = Measurement(latency_seconds=middle, step_seconds=clock.step_seconds, repetitions=tuple(times))
+    return output, seen.model_copy(update=counters)
 
 
 def weight_bytes(pipe: Any, device_type: str | None = None) -> int:

@@ -62,6 +62,18 @@ class PhaseCost:
 
 
 @dataclass(frozen=True, slots=True)
+class AroundCost:
+    """What the pipeline itself costs besides its components: its own code, its pictures, and putting the plan in force."""
+
+    glue_peak_bytes: int
+    blas_bytes: int
+    glue_seconds: float
+    host_seconds: float
+    setup_seconds: float
+    setup_peak_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class Cost:
     """What one candidate costs. Times are of the whole workload (all calls of a split batch)."""
 
@@ -130,7 +142,8 @@ class Local:
 def localized(recipe: Recipe, role: str, component: str) -> Local:
     """The part of a recipe that reaches a component of that role: attention and compile act on denoisers, and so on."""
     denoises = role in ("denoiser", "controlnet")
-    compiled = denoises or (role == "vae" and recipe.fuse_vae)
+    compiled = denoises or (role == "vae" and recipe.fuse_vae) or component in recipe.only
+    weights, recipe = recipe.weights, recipe.of(component)
     convolves = denoises or role == "vae"
     return Local(
         attention=recipe.attention if denoises else "default",
@@ -142,7 +155,7 @@ def localized(recipe: Recipe, role: str, component: str) -> Local:
         fused_qkv=recipe.fused_qkv and denoises,
         cudnn_benchmark=recipe.cudnn_benchmark and convolves,
         chunked_forward=recipe.chunked_forward and denoises,
-        scheme=recipe.weights.get(component),
+        scheme=weights.get(component),
     )
 
 
@@ -176,21 +189,35 @@ class CostModel:
         self.evaluations += 1
         trace = self.trace_for(recipe)
         placed = self.residency(trace, recipe)
-        counts, helds, glue_operations = self._held(trace)
-        phases = []
-        for index in range(len(trace.calls)):
-            cost = self.call_cost(trace, index, recipe, placed)
-            moved = transfer_seconds(placed, index, counts[index], cost.time, self.device, self.coefficients, recipe)
-            repeats = counts[index] * self._repeat_factor(trace, index, recipe)
-            compute = repeats * cost.time.seconds * self.time_scale
-            graphs = self._local(trace, index, recipe).cuda_graphs
-            phases.append(PhaseCost(index, counts[index], placed.resident_bytes[index], helds[index], cost, compute, moved, graphs))
-        pool = self._graph_pool(trace, recipe, phases)
-        weights = component_bytes(self.traces.facts, trace, recipe)
+        phases = [self.phase_cost(trace, index, recipe, placed) for index in range(len(trace.calls))]
+        around = self.around_cost(trace, recipe, placed)
+        setup = around.setup_seconds + sum(self.compile_seconds(trace, phase, recipe) for phase in phases)
         return Cost(
-            tuple(phases), self._glue_peak(trace, placed), pool, self._blas(trace), self._glue_seconds(trace, glue_operations, recipe),
-            trace.to_host_bytes / self.coefficients.picture_bytes_per_second, self._setup_seconds(trace, recipe, weights, phases),
-            self._setup_peak(recipe, weights), placed.host_bytes, placed, trace, recipe.calls)  # fmt: skip
+            tuple(phases), around.glue_peak_bytes, self._graph_pool(trace, recipe, phases), around.blas_bytes, around.glue_seconds,
+            around.host_seconds, setup, around.setup_peak_bytes, placed.host_bytes, placed, trace, recipe.calls)  # fmt: skip
+
+    def phase_cost(self, trace: PipelineTrace, index: int, recipe: Recipe, placed: Residency) -> PhaseCost:
+        """One distinct call with all its repetitions. Reads the trace's, the offload's and its own component's recipe fields."""
+        counts, helds, _ = self._held(trace)
+        cost = self.call_cost(trace, index, recipe, placed)
+        moved = transfer_seconds(placed, index, counts[index], cost.time, self.device, self.coefficients, recipe)
+        repeats = counts[index] * self._repeat_factor(trace, index, recipe)
+        compute = repeats * cost.time.seconds * self.time_scale
+        graphs = self._local(trace, index, recipe).cuda_graphs
+        return PhaseCost(index, counts[index], placed.resident_bytes[index], helds[index], cost, compute, moved, graphs)
+
+    def around_cost(self, trace: PipelineTrace, recipe: Recipe, placed: Residency) -> AroundCost:
+        """What belongs to no component. Reads only the trace's and the offload's recipe fields, and ``steps_factor``."""
+        weights = component_bytes(self.traces.facts, trace, recipe)
+        return AroundCost(
+            self._glue_peak(trace, placed), self._blas(trace), self._glue_seconds(trace, self._held(trace)[2], recipe),
+            trace.to_host_bytes / self.coefficients.picture_bytes_per_second, self._placing_seconds(recipe, weights),
+            self._setup_peak(recipe, weights))  # fmt: skip
+
+    def forget(self) -> None:
+        """Drop shared evaluations, after a correction changed."""
+        self._calls.clear()
+        self._times.clear()
 
     # -- one component call -----------------------------------------------------------------------------------------
 
@@ -247,7 +274,7 @@ class CostModel:
     def residency(self, trace: PipelineTrace, recipe: Recipe) -> Residency:
         """The offload simulation for a recipe, shared by all recipes that place weights alike."""
         key = (id(trace), recipe.offload, recipe.offload_stream, recipe.offload_blocks, recipe.offload_disk, recipe.resident,
-               tuple(sorted(recipe.weights.items())))  # fmt: skip
+               tuple(sorted(recipe.weights.items())), _placements(recipe))  # fmt: skip
         if key not in self._residencies:
             self._residencies[key] = residency(self.traces.facts, trace, recipe)
         return self._residencies[key]
@@ -295,28 +322,37 @@ class CostModel:
         rate = self.device.bandwidth_bytes_per_second * self.coefficients.bandwidth_share
         return (operations * each + moved / rate) * recipe.steps_factor
 
-    def _setup_seconds(self, trace: PipelineTrace, recipe: Recipe, weights: Mapping[str, int], phases: list[PhaseCost]) -> float:
-        """One-off: moving the weights, compiling, quantizing. Sources: the coefficients named here."""
+    def _placing_seconds(self, recipe: Recipe, weights: Mapping[str, int]) -> float:
+        """One-off: moving the weights and quantizing them. Sources: the coefficients named here."""
         seconds = 0.0
         if recipe.offload == "none" and self.device.kind == "cuda" and self.traces.facts.device != "cuda":
             link = self.device.link_bytes_per_second or 0
             seconds += sum(weights.values()) / (link * self.coefficients.pageable_share) if link else 0.0
-        for phase in phases:
-            if self._local(trace, phase.call, recipe).fused:
-                kernels = phase.cost.time.kernels
-                share = 0.15 if recipe.fusion == "regional" else 1.0
-                seconds += share * kernels * self.coefficients.compile_seconds_per_kernel
-                if recipe.autotuned:
-                    distinct = len(set(trace.calls[phase.call].shape[trace.calls[phase.call].kind == Kind.MATMUL].tolist()))
-                    seconds += distinct * self.coefficients.autotune_seconds_per_matmul
         quantized = sum(weights.get(name, 0) for name in recipe.weights)
         return seconds + quantized / self.coefficients.quantize_bytes_per_second
+
+    def compile_seconds(self, trace: PipelineTrace, phase: PhaseCost, recipe: Recipe) -> float:
+        """One-off: compiling what one distinct call runs. Sources: the coefficients named here."""
+        local = self._local(trace, phase.call, recipe)
+        if not local.fused:
+            return 0.0
+        share = 0.15 if local.fusion == "regional" else 1.0
+        seconds = share * phase.cost.time.kernels * self.coefficients.compile_seconds_per_kernel
+        if local.autotuned:
+            call = trace.calls[phase.call]
+            seconds += len(set(call.shape[call.kind == Kind.MATMUL].tolist())) * self.coefficients.autotune_seconds_per_matmul
+        return seconds
 
     def _setup_peak(self, recipe: Recipe, weights: Mapping[str, int]) -> int:
         """Most device memory while the plan is being put in force: all resident weights at once, nothing running."""
         if recipe.offload == "none":
             return sum(weights.values())
         return sum(weights[name] for name in recipe.resident if name in weights)
+
+
+def _placements(recipe: Recipe) -> tuple[object, ...]:
+    """What distinguishes the offload of components with a recipe of their own."""
+    return tuple((name, own.offload, own.offload_stream, own.offload_blocks) for name, own in sorted(recipe.only.items()))
 
 
 def vae_mode(recipe: Recipe) -> VaeMode | None:
