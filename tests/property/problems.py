@@ -17,9 +17,7 @@ def _priced(axes: tuple[str, ...], table: Table):
     return lambda values: table[tuple(values[name] for name in axes)]
 
 
-def _floored(
-    problem_axes: dict[str, tuple[Value, ...]], axes: tuple[str, ...], table: dict[tuple[Value, ...], Demand], slack: int, calls: int
-):
+def _floored(domains: dict[str, tuple[Value, ...]], axes: tuple[str, ...], table: Table, slack: int, calls: int):
     """The least of all completions, less some slack: what a real lower bound looks like."""
 
     def floor(partial: Mapping[str, Value]) -> Demand:
