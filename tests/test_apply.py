@@ -237,6 +237,7 @@ def applied_with_fault(pipe: Any, chosen: dict[str, KnobValue], where: Any, fact
 def faults(family: str, chosen: dict[str, KnobValue], where: Any, count: int) -> None:
     pipe, _, facts = prepared(family)
     before = Snapshot.of(pipe, checksums=True)
+    applied_with_fault(pipe, chosen, where, facts, -1, None)  # libraries fill tables of their own at first
     lines = applied_with_fault(pipe, chosen, where, facts, -1, None)
     assert before.differences(pipe) == []
     for number, step in enumerate(sorted({1 + lines * index // count for index in range(count)})):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -43,7 +43,9 @@ def reversible(site: Site, change: Callable[[], None], official: Callable[[], No
         with quiet():
             change()
     except BaseException:
-        undo()
+        # A library's way back may stumble over its own half-made hooks; the snapshot is restored all the same.
+        with suppress(Exception):
+            undo()
         raise
     return undo
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -94,13 +95,16 @@ def _disable_groups(site: Site) -> None:
         group_offloading._LAYER_EXECUTION_TRACKER,
         group_offloading._GROUP_OFFLOADING,
     )
-    for module in pipeline_modules(site.pipe).values():
+    modules = pipeline_modules(site.pipe).values()
+    for module in modules:
         for offloaded in _groups(module):
             _read_back(offloaded)
-        for part in module.modules():
-            registry = getattr(part, "_diffusers_hook", None)
-            if registry is not None:
-                for name in names:
+    for part in (part for module in modules for part in module.modules()):
+        registry = getattr(part, "_diffusers_hook", None)
+        if registry is not None:
+            for name in names:
+                # Interrupted while registering: the hook is listed but not in the registry's order yet.
+                with contextlib.suppress(ValueError):
                     registry.remove_hook(name, recurse=False)
 
 
