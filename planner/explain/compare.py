@@ -1,0 +1,128 @@
+"""Models x GPUs x batch sizes: what runs where, how fast, with which plan."""
+
+from __future__ import annotations
+
+import csv
+import io
+from collections.abc import Sequence
+from typing import Any
+
+from planner.errors import NoFeasiblePlan, PlannerError, UsageError
+from planner.explain import words
+from planner.explain.layout import DEFAULT_WIDTH, table
+from planner.progress import Progress, silent
+from planner.types import Frozen, KnobValue
+from planner.units import format_bytes, format_seconds
+
+SCHEMA = "planner.comparison/1"
+
+
+class Cell(Frozen):
+    """One model on one GPU with one batch size. ``reason`` says why there is no plan, and is None where there is one."""
+
+    model: str
+    gpu: str
+    batch_size: int
+    budget_bytes: int | None = None
+    settings: dict[str, KnobValue] | None = None
+    """What the plan changes; None without a plan."""
+    peak_allocated_bytes: int | None = None
+    latency_seconds: float | None = None
+    samples_per_second: float | None = None
+    shortfall_bytes: int | None = None
+    reason: str | None = None
+
+
+def compare(models: Sequence[str] | None = None, gpus: Sequence[str] | None = None, batch_sizes: Sequence[int] = (1,),
+            *, say: Progress = silent, **request: Any) -> tuple[Cell, ...]:  # fmt: skip
+    """Plan every combination; ``models`` default to all bundled ones and ``gpus`` to all known ones.
+
+    ``request``: further options of :func:`planner.explain`, the same for all.
+
+    Raises:
+        HardwareError, ProfileError: a GPU or model that is not known at all.
+        UsageError: an option that no combination could have.
+    """
+    from planner.hardware.profiles import find_gpu, load_gpus
+    from planner.models import list_profiles, resolve
+
+    chosen_models = list(models) if models else [profile.name for profile in list_profiles()]
+    chosen_gpus = list(gpus) if gpus else [gpu.name for gpu in load_gpus()]
+    for model in chosen_models:
+        resolve(model)
+    for gpu in chosen_gpus:
+        if gpu.strip().lower() != "cpu":
+            find_gpu(gpu)
+    cells = []
+    for model in chosen_models:
+        say(f"planning {model} on {len(chosen_gpus)} devices")
+        cells += [_cell(model, gpu, batch, request) for gpu in chosen_gpus for batch in batch_sizes]
+    return tuple(cells)
+
+
+def _cell(model: str, gpu: str, batch: int, request: dict[str, Any]) -> Cell:
+    from planner.autoplan import explain
+
+    try:
+        plan = explain(model, gpu, batch_size=batch, **request)
+    except NoFeasiblePlan as error:
+        short = f"short by {format_bytes(error.shortfall_bytes)}" if error.shortfall_bytes is not None else str(error)
+        return Cell(model=model, gpu=gpu, batch_size=batch, shortfall_bytes=error.shortfall_bytes, reason=f"nothing fits, {short}")
+    except UsageError:
+        raise
+    except PlannerError as error:
+        return Cell(model=model, gpu=gpu, batch_size=batch, reason=str(error))
+    return Cell(
+        model=plan.model, gpu=plan.device.name, batch_size=batch, budget_bytes=plan.device.budget_bytes, settings=plan.changes,
+        peak_allocated_bytes=plan.predicted.peak_allocated_bytes, latency_seconds=plan.predicted.latency_seconds,
+        samples_per_second=words.throughput(plan, plan.predicted),
+    )  # fmt: skip
+
+
+def _plan_words(cell: Cell) -> str:
+    if cell.settings is None:
+        return cell.reason or "no plan"
+    return words.settings_text(cell.settings, "as it is")
+
+
+def render_text(cells: Sequence[Cell], width: int | None = None) -> str:
+    """One aligned table."""
+    rows = [("model", "gpu", "batch", "peak", "a call", "per second", "plan")]
+    for cell in cells:
+        rate = "" if cell.samples_per_second is None else f"{cell.samples_per_second:.3g}"
+        sizes = ("", "") if cell.settings is None else (format_bytes(cell.peak_allocated_bytes), format_seconds(cell.latency_seconds))
+        rows.append((cell.model, cell.gpu, str(cell.batch_size), *sizes, rate, _plan_words(cell)))
+    return "\n".join(table(rows, width or DEFAULT_WIDTH, left=(0, 1, 6))) + "\n"
+
+
+def render_csv(cells: Sequence[Cell]) -> str:
+    """One line per combination; bytes and seconds, empty where there is no plan."""
+    target = io.StringIO()
+    names = [name for name in Cell.model_fields if name != "settings"]
+    writer = csv.writer(target, lineterminator="\n")
+    writer.writerow([*names, "plan"])
+    for cell in cells:
+        values = ["" if (value := getattr(cell, name)) is None else value for name in names]
+        writer.writerow([*values, "" if cell.settings is None else words.settings_text(cell.settings, "as it is")])
+    return target.getvalue()
+
+
+def to_data(cells: Sequence[Cell]) -> dict[str, Any]:
+    """What ``planner compare --json`` prints."""
+    return {"schema": SCHEMA, "rows": [cell.model_dump(mode="json") for cell in cells]}
+
+
+def render_html(cells: Sequence[Cell]) -> str:
+    """One self-contained page with the table, searchable."""
+    from planner.explain.page import document, escape
+
+    head = "".join(f"<th>{name}</th>" for name in ("model", "GPU", "batch", "peak", "a call", "per second", "plan"))
+    body = []
+    for cell in cells:
+        rate = "" if cell.samples_per_second is None else f"{cell.samples_per_second:.3g}"
+        sizes = ("", "") if cell.settings is None else (format_bytes(cell.peak_allocated_bytes), format_seconds(cell.latency_seconds))
+        texts = (cell.model, cell.gpu, str(cell.batch_size), *sizes, rate, _plan_words(cell))
+        kind = ' class="lost"' if cell.settings is None else ""
+        body.append(f"<tr{kind}>" + "".join(f"<td>{escape(text)}</td>" for text in texts) + "</tr>")
+    table_html = f'<table data-searchable><thead><tr>{head}</tr></thead><tbody>{"".join(body)}</tbody></table>'
+    return document("What runs where", f'<h1>What runs where</h1><section><div class="scroll">{table_html}</div></section>')

@@ -1,0 +1,238 @@
+"""The explanation of a plan as plain text: one screen, like a database's EXPLAIN."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING
+
+from planner.explain import words
+from planner.explain.layout import DEFAULT_WIDTH, LEAST_WIDTH, paragraph, table
+from planner.types import Device, Estimate, Measurement, Phase, Rejection, Term
+from planner.units import format_bytes, format_seconds
+
+if TYPE_CHECKING:
+    from planner.plan import Plan
+
+INDENT = 11
+MANY_PHASES = 8
+MANY_LOST = 4
+_PHASE_HEAD = ("phase", "calls", "time", "weights", "activations", "workspace", "peak", "bound by")
+
+
+def render(plan: Plan, verbose: bool = False, width: int | None = None) -> str:
+    """The explanation, no line wider than ``width`` (default 100), ending in a newline.
+
+    ``verbose`` adds every term of the memory and time sums, all phases, alternatives and rejections.
+    """
+    room = max(width or DEFAULT_WIDTH, LEAST_WIDTH)
+    blocks = [
+        _head(plan, room),
+        _decision(plan, room),
+        phase_table(plan.predicted, room, verbose),
+        _what_binds(plan, room),
+        _lost(plan, room, verbose),
+        _terms(plan.predicted.terms, room) if verbose else [],
+        _all_settings(plan, room) if verbose else [],
+        _remarks(plan, room, verbose),
+    ]
+    return "\n\n".join("\n".join(block) for block in blocks if block) + "\n"
+
+
+def render_estimate(model: str, device: Device, settings_line: str, estimate: Estimate, verbose: bool = False,
+                    width: int | None = None) -> str:  # fmt: skip
+    """The estimate of one given combination: what ``planner estimate`` prints."""
+    room = max(width or DEFAULT_WIDTH, LEAST_WIDTH)
+    head = [*_lines("model", model, room), *_device_lines(device, room), *_lines("settings", settings_line, room)]
+    if not estimate.fits and device.budget_bytes is not None:
+        over = estimate.peak_reserved_bytes - device.budget_bytes
+        short = f"; needs {format_bytes(over)} more than the budget" if over > 0 else ""
+        head += _lines("verdict", f"does not fit{short}", room)
+    else:
+        head += _lines("verdict", "fits" if device.budget_bytes is not None else "no budget to compare with", room)
+    head += _needs(estimate, room)
+    blocks = [head, phase_table(estimate, room, verbose), _terms(estimate.terms, room) if verbose else []]
+    return "\n\n".join("\n".join(block) for block in blocks if block) + "\n"
+
+
+def _lines(label: str, text: str, width: int) -> list[str]:
+    return paragraph(label, text, width, INDENT)
+
+
+# -- head and decision ------------------------------------------------------------------------------------------------
+
+
+def _head(plan: Plan, width: int) -> list[str]:
+    lines = _lines("model", f"{plan.model} ({plan.pipeline_class}): {words.workload_text(plan.workload)}", width)
+    lines += _device_lines(plan.device, width)
+    wanted = f"{plan.objective} at quality {plan.quality}"
+    if plan.calls is not None:
+        wanted += f", {plan.calls} call{'s' if plan.calls > 1 else ''}"
+    return lines + _lines("wanted", wanted, width)
+
+
+def _device_lines(device: Device, width: int) -> list[str]:
+    lines = _lines("device", f"{device.name}: {words.budget_text(device)} ({device.basis} figures)", width)
+    return lines + (_lines("", device.note, width) if device.note else [])
+
+
+def _decision(plan: Plan, width: int) -> list[str]:
+    lines = _lines("plan", words.plan_line(plan), width)
+    lines += _needs(plan.predicted, width)
+    if plan.objective == "throughput" and (rate := words.throughput(plan, plan.predicted)) is not None:
+        lines += _lines("", f"{rate:.3g} samples per second", width)
+    if plan.measured is not None:
+        lines += _lines("measured", measured_text(plan.measured, plan.predicted), width)
+    if plan.baseline_predicted is not None and plan.changes:
+        lines += _lines("as it is", _baseline(plan.baseline_predicted, plan.predicted), width)
+    if int(plan.settings.get("batch_split", 1)) > 1:
+        lines += _lines("to run", f"plan.run(pipe, ...): the batch is made in {plan.settings['batch_split']} calls", width)
+    return lines
+
+
+def _needs(estimate: Estimate, width: int) -> list[str]:
+    memory = [f"peak {words.bytes_interval(estimate, 'peak_allocated_bytes')} allocated"]
+    memory += [f"{format_bytes(estimate.peak_reserved_bytes)} reserved", f"{format_bytes(estimate.device_used_bytes)} on the device"]
+    memory += [f"host RAM {format_bytes(estimate.host_bytes)}"]
+    time = [f"{words.seconds_interval(estimate)} a call"]
+    if estimate.step_seconds is not None:
+        time.append(f"{format_seconds(estimate.step_seconds)} a step")
+    if estimate.setup_seconds > 0:
+        time.append(f"{format_seconds(estimate.setup_seconds)} once to set up")
+    return _lines("memory", ", ".join(memory), width) + _lines("time", f"{', '.join(time)} ({estimate.basis} figures)", width)
+
+
+def measured_text(seen: Measurement, predicted: Estimate) -> str:
+    """Measured beside predicted, each with the prediction's error."""
+    pairs = (
+        ("peak", seen.peak_allocated_bytes, predicted.peak_allocated_bytes, format_bytes),
+        ("reserved", seen.peak_reserved_bytes, predicted.peak_reserved_bytes, format_bytes),
+        ("a call", seen.latency_seconds, predicted.latency_seconds, format_seconds),
+        ("a step", seen.step_seconds, predicted.step_seconds, format_seconds),
+    )
+    parts = []
+    for name, value, guess, show in pairs:
+        if value is not None:
+            error = f" (predicted {show(guess)}, {(guess / value - 1) * 100:+.0f} %)" if guess is not None and value else ""
+            parts.append(f"{name} {show(value)}{error}")
+    return ", ".join([*parts, *([seen.note] if seen.note else [])])
+
+
+def _baseline(baseline: Estimate, chosen: Estimate) -> str:
+    peak, time = format_bytes(baseline.peak_allocated_bytes), format_seconds(baseline.latency_seconds)
+    verdict = words.times(baseline.latency_seconds, chosen.latency_seconds) if baseline.fits else "does not fit"
+    return f"peak {peak}, {time} a call: {verdict}"
+
+
+# -- phases -----------------------------------------------------------------------------------------------------------
+
+
+def phase_table(estimate: Estimate, width: int, verbose: bool = False) -> list[str]:
+    """Phases in the order in which the pipeline runs them; the highest peak and the longest time are marked.
+
+    Without ``verbose`` only those that matter most for memory or time are listed one by one.
+    """
+    phases = estimate.phases
+    if not phases:
+        return []
+    shown = phases if verbose else most_important(phases)
+    highest, longest = max(phases, key=lambda phase: phase.peak_allocated_bytes), max(phases, key=lambda phase: phase.seconds)
+    rows = [_PHASE_HEAD, *(_phase_row(phase, phase is highest, phase is longest) for phase in shown)]
+    lines = table(rows, width, left=(0, 7))
+    left_out = [phase for phase in phases if phase not in shown]
+    if left_out:
+        seconds, peak = sum(phase.seconds for phase in left_out), max(phase.peak_allocated_bytes for phase in left_out)
+        lines.append(f"and {len(left_out)} more: {format_seconds(seconds)}, peak {format_bytes(peak)} at most (-v lists them)")
+    return lines
+
+
+def most_important(phases: Sequence[Phase]) -> list[Phase]:
+    """The phases that matter most for memory or time, in the order in which they run."""
+    if len(phases) <= MANY_PHASES:
+        return list(phases)
+    by_peak = sorted(phases, key=lambda phase: -phase.peak_allocated_bytes)[: MANY_PHASES // 2]
+    by_time = sorted((phase for phase in phases if phase not in by_peak), key=lambda phase: -phase.seconds)
+    kept = [*by_peak, *by_time[: MANY_PHASES - len(by_peak)]]
+    return [phase for phase in phases if phase in kept]
+
+
+def _phase_row(phase: Phase, highest: bool, longest: bool) -> tuple[str, ...]:
+    sizes = (phase.weights_bytes, phase.activations_bytes, phase.workspace_bytes)
+    time = format_seconds(phase.seconds) + (" <" if longest else "  ")
+    peak = format_bytes(phase.peak_allocated_bytes) + (" <" if highest else "  ")
+    return (phase.name, str(phase.calls), time, *map(format_bytes, sizes), peak, phase.bound)
+
+
+def _what_binds(plan: Plan, width: int) -> list[str]:
+    lines = _lines("binds", plan.binding, width) if plan.binding else []
+    change = plan.what_if
+    if change is not None:
+        other = words.settings_text(words.difference(change.settings, plan.settings))
+        faster = f"{change.speedup:.2f} times as fast" if change.speedup != 1 else "as fast"
+        lines += _lines("would help", f"{format_bytes(change.extra_bytes)} more memory: {other}, {faster}", width)
+    return lines
+
+
+# -- what lost --------------------------------------------------------------------------------------------------------
+
+
+def _lost(plan: Plan, width: int, verbose: bool) -> list[str]:
+    others = [item for item in plan.alternatives if item.settings != plan.settings]
+    nearest = sorted((item for item in plan.rejected if item.shortfall_bytes is not None), key=lambda item: item.shortfall_bytes or 0)
+    shown = others if verbose else others[:MANY_LOST]
+    rows = [_alternative_row(plan, item.settings, item.predicted) for item in shown]
+    rows += [_rejected_row(plan, item) for item in (nearest if verbose else nearest[:2])]
+    lines = ["nearest alternatives, by what they set differently", *table(rows, width, left=(0, 3), indent=2)] if rows else []
+    lines += _rejected_summary(plan, width)
+    return lines + (_rejected_rules(plan.rejected, width) if verbose else [])
+
+
+def _alternative_row(plan: Plan, settings: object, estimate: Estimate) -> tuple[str, ...]:
+    other = words.settings_text(words.difference(settings, plan.settings))  # type: ignore[arg-type]
+    lost = words.why_lost(estimate, plan.predicted)
+    return (other, format_bytes(estimate.peak_allocated_bytes), format_seconds(estimate.latency_seconds), lost)
+
+
+def _rejected_row(plan: Plan, item: Rejection) -> tuple[str, ...]:
+    other = words.settings_text(words.difference(item.settings, plan.settings), "as chosen")
+    return (other, "", "", words.rejection_text(item))
+
+
+def _rejected_summary(plan: Plan, width: int) -> list[str]:
+    lines = []
+    if plan.counts is not None:
+        lines += _lines("searched", f"{plan.counts.candidates} combinations, {plan.counts.evaluated} of them priced one by one", width)
+    counts: dict[str, int] = {}
+    for item in plan.rejected:
+        counts[item.kind] = counts.get(item.kind, 0) + item.count
+    if counts:
+        ordered = [f"{count} {words.KINDS[kind]}" for kind, count in sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))]
+        lines += _lines("rejected", ", ".join(ordered), width)
+    return lines
+
+
+def _rejected_rules(rejected: Iterable[Rejection], width: int) -> list[str]:
+    rows = [("", "count", "why"), *((words.settings_text(item.settings), str(item.count), words.rejection_text(item)) for item in rejected)]
+    return ["", "all rejections", *table(rows, width, left=(0, 2), indent=2)] if len(rows) > 1 else []
+
+
+# -- details and remarks ----------------------------------------------------------------------------------------------
+
+
+def _terms(terms: Sequence[Term], width: int) -> list[str]:
+    """Every named line of the memory sum and of the time sum, with basis and source."""
+    memory = [(term.name, format_bytes(term.bytes), term.basis, term.source) for term in terms if term.bytes is not None]
+    time = [(term.name, format_seconds(term.seconds), term.basis, term.source) for term in terms if term.seconds is not None]
+    lines: list[str] = []
+    for title, rows in (("memory at the peak, term by term", memory), ("time of one call, term by term", time)):
+        if rows:
+            lines += ([""] if lines else []) + [title, *table(rows, width, left=(0, 2, 3), indent=2)]
+    return lines
+
+
+def _all_settings(plan: Plan, width: int) -> list[str]:
+    return _lines("settings", words.settings_text(plan.settings), width)
+
+
+def _remarks(plan: Plan, width: int, verbose: bool) -> list[str]:
+    lines = [line for note in plan.notes for line in _lines("note", note, width)] if verbose else []
+    return lines + [line for warning in plan.warnings for line in _lines("warning", warning, width)]
