@@ -19,11 +19,13 @@ ENTRIES = ("encode", "decode", "generate", "get_text_features", "get_image_featu
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Phase:
-    """One call of a component. Peaks are over the whole call, so they see what hooks bring in and send away in it."""
+    """One call of a component. Peaks are over the whole call: what was there at its start, until a hook sends it away,
+    and what hooks bring in."""
 
     component: str
     entry: str
     weight_bytes_before: int
+    weight_bytes_after: int
     peak_weight_bytes: int
     used_bytes_before: int
     peak_bytes: int
@@ -85,7 +87,7 @@ class Recorder:
             self._inside = False
             self.phases.append(Phase(
                 component=name, entry=entry, weight_bytes_before=weights, used_bytes_before=used,
-                peak_weight_bytes=memory.peak_weight_bytes, peak_bytes=memory.peak_bytes,
+                weight_bytes_after=memory.weight_bytes, peak_weight_bytes=memory.peak_weight_bytes, peak_bytes=memory.peak_bytes,
                 h2d_bytes=memory.h2d_bytes - h2d, d2h_bytes=memory.d2h_bytes - d2h))  # fmt: skip
             memory.peak_bytes = max(memory.peak_bytes, outer_peak)
             memory.peak_weight_bytes = max(memory.peak_weight_bytes, outer_weights)
