@@ -46,6 +46,12 @@ class Recipe:
     """Share of the planned denoising steps that remains (another scheduler)."""
     denoiser_factor: float = 1.0
     """Share of denoiser work that remains (caches)."""
+    only: Mapping[str, Recipe] = field(default_factory=dict)
+    """Components that are treated otherwise than the rest, each with a recipe of its own."""
+
+    def of(self, component: str) -> Recipe:
+        """The recipe that holds for one component."""
+        return self.only.get(component, self)
 
     def but(self, **changes: Any) -> Self:
         """The same recipe with some fields changed."""

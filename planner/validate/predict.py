@@ -1,0 +1,184 @@
+"""The planner's own answer to a table's row: dry run, recipe, estimate. A dry run imports torch; a cached one does not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from planner.cost.coefficients import Coefficients, default_coefficients
+from planner.cost.estimate import estimate_of
+from planner.cost.model import CostModel
+from planner.dryrun.provider import Traces
+from planner.errors import HardwareError, UnsupportedPipeline
+from planner.hardware.profiles import GpuProfile, device_from_profile, find_gpu, load_gpus
+from planner.knobs import knob
+from planner.knobs.base import Context
+from planner.models import ModelSource, resolve
+from planner.models.layout import Component
+from planner.recipe import Recipe
+from planner.types import Device, KnobValue, Workload
+from planner.validate.case import Case, Prediction
+from planner.validate.counters import value_from_estimate
+from planner.validate.part import Part, part_of
+from planner.validate.report import Predict
+
+_NEAR = 0.07
+"""Cards are named by nominal size; the profile's is what the driver reports, a few per cent less."""
+_SCHEMES = {
+    ("bitsandbytes", "int8dq"): "llm_int8",
+    ("quanto", "int8wo"): "quanto_int8",
+    ("quanto", "fp8wo"): "quanto_fp8",
+    ("quanto", "int4wo"): "quanto_int4",
+}
+"""(library, scheme as the table's words give it) to the scheme of the cost model, where they differ."""
+
+
+def predictor(*, calibrate: str = "never") -> Predict:
+    """A function that predicts rows. ``calibrate``: "never" uses shipped coefficients, else those stored for the device.
+
+    Rows are predicted for the card they name, at its full size less the CUDA context.
+    """
+    return _Predictor(calibrate).predict
+
+
+@dataclass(slots=True)
+class _Predictor:
+    calibrate: str
+    _traces: dict[str, Traces] = field(default_factory=dict)
+    _models: dict[object, CostModel] = field(default_factory=dict)
+
+    def predict(self, case: Case) -> Prediction:
+        """Raises PlannerError: the row's model, card or settings are none that the planner knows."""
+        device = card(case)
+        model = self._model(case, device)
+        recipe = recipe_of(case, model.traces.facts, device)
+        return value_from_estimate(case, estimate_of(model, recipe), device)
+
+    def _model(self, case: Case, device: Device) -> CostModel:
+        traces = self._part(case)
+        coefficients = self._coefficients(device)
+        key = (id(traces.source), traces.absent, traces.alone, device.name, device.total_bytes)
+        if key not in self._models:
+            self._models[key] = CostModel(traces, device, coefficients, traces.workload.batch_size)
+        return self._models[key]
+
+    def _part(self, case: Case) -> Part:
+        workload, inputs = call_of(case)
+        key = repr((case.model, sorted(case.replaced.items()), workload, sorted(inputs.items())))
+        if key not in self._traces:
+            source = with_replaced(resolve(case.model), case.replaced)
+            self._traces[key] = Traces.of(source, workload, inputs, dtype=None)
+        return part_of(case, self._traces[key])
+
+    def _coefficients(self, device: Device) -> Coefficients:
+        if self.calibrate == "never":
+            return default_coefficients(device)
+        from planner.calibrate import calibration_for
+
+        return calibration_for(device, mode=self.calibrate).coefficients
+
+
+# -- the card ---------------------------------------------------------------------------------------------------------
+
+
+def card(case: Case) -> Device:
+    """The card a row names, in the variant whose memory it states. Raises HardwareError."""
+    if case.gpu is None:
+        raise HardwareError("the row names no card.")
+    profile = _variant(case.gpu, case.gpu_memory_bytes)
+    device = device_from_profile(profile)
+    context = default_coefficients(device).context_bytes
+    return device.model_copy(update={"budget_bytes": device.total_bytes - context})
+
+
+def _variant(name: str, memory_bytes: int | None) -> GpuProfile:
+    try:
+        found, _ = find_gpu(name)
+    except HardwareError:
+        found, _ = find_gpu(name.replace("-", " ").split()[0])
+    if memory_bytes is None or _is_size(found, memory_bytes):
+        return found
+    form = next((word for word in ("PCIE", "SXM") if word in name.upper()), "")
+    same = [gpu for gpu in load_gpus() if gpu.family == found.family and _is_size(gpu, memory_bytes)]
+    return next((gpu for gpu in same if form in gpu.name.upper()), same[0] if same else found)
+
+
+def _is_size(profile: GpuProfile, memory_bytes: int) -> bool:
+    return abs(profile.total_bytes / memory_bytes - 1) < _NEAR
+
+
+# -- the model and the call -------------------------------------------------------------------------------------------
+
+
+def call_of(case: Case) -> tuple[Workload, dict[str, Any]]:
+    """Workload and call arguments. ``image_size`` is the input picture's; ``prompt_tokens`` is not modelled."""
+    workload, inputs = case.workload, dict(case.inputs)
+    side = inputs.pop("image_size", None)
+    inputs.pop("prompt_tokens", None)
+    if side is not None:
+        workload = workload.model_copy(update={"height": int(side), "width": int(side)})
+    return workload, inputs
+
+
+def with_replaced(source: ModelSource, replaced: Mapping[str, str]) -> ModelSource:
+    """The model with components exchanged for another checkpoint.
+
+    Raises:
+        UnsupportedPipeline: a checkpoint other than the fp16-fix and the tiny VAE.
+    """
+    if not replaced or source.layout is None:
+        return source
+    exchanged = tuple(_exchange(part, replaced.get(part.name)) for part in source.layout.components)
+    layout = replace(source.layout, components=exchanged)
+    return replace(source, layout=layout, digest=layout.digest)
+
+
+def _exchange(part: Component, checkpoint: str | None) -> Component:
+    if checkpoint is None:
+        return part
+    if "fp16-fix" in checkpoint:
+        config = {**part.files["config.json"], "force_upcast": False}
+        return replace(part, files={**part.files, "config.json": config})
+    if "tiny" in checkpoint.lower() or "taesd" in checkpoint:
+        # The class's defaults are madebyollin/taesd's configuration.
+        return replace(part, class_name="AutoencoderTiny", files={"config.json": {"_class_name": "AutoencoderTiny"}})
+    raise UnsupportedPipeline(f"{part.name} from {checkpoint}: no configuration of that checkpoint is known.")
+
+
+# -- the settings -----------------------------------------------------------------------------------------------------
+
+
+def recipe_of(case: Case, facts: Any, device: Device) -> Recipe:
+    """What the row's settings mean physically. They were run, so no rule of the planner forbids them."""
+    context = Context(facts=facts, device=device, workload=case.workload, quality="lossy")
+    plain = {name: value for name, value in case.settings.items() if "." not in name}
+    weights = quantized(str(plain.pop("quantization", "none")), case.quantization_library)
+    recipe = _shaped(Recipe(weights=weights), plain, context)
+    own: dict[str, dict[str, KnobValue]] = {}
+    for name, value in case.settings.items():
+        component, dot, setting = name.partition(".")
+        if dot and any(part.name == component for part in facts.components):
+            own.setdefault(component, {})[setting] = value
+    denoisers = {part.name for role in ("denoiser", "controlnet") for part in facts.of_role(role)}
+    only = {name: _own_recipe(recipe, settings, name in denoisers, context) for name, settings in own.items()}
+    return recipe.but(only=only)
+
+
+def _own_recipe(recipe: Recipe, settings: Mapping[str, KnobValue], denoises: bool, context: Context) -> Recipe:
+    base = recipe if denoises else recipe.but(fusion="none", cuda_graphs=False, autotuned=False)
+    return _shaped(base, settings, context)
+
+
+def _shaped(recipe: Recipe, settings: Mapping[str, KnobValue], context: Context) -> Recipe:
+    for name, value in settings.items():
+        each = knob(name)
+        value = each.check(value)
+        recipe = recipe.but(offload=value) if name == "offload" else each.shape(recipe, value, context)
+    return recipe
+
+
+def quantized(text: str, library: str | None) -> dict[str, str]:
+    """Component to the cost model's scheme: ``nf4``, ``llm_int8``, ``gguf_q8_0`` … are published but not the planner's own."""
+    pairs = (item.partition("=") for item in text.split(",") if "=" in item)
+    return {name: _SCHEMES.get((library or "", scheme), scheme) for name, _, scheme in pairs}
