@@ -8,8 +8,8 @@ from planner.recipe import Recipe
 from planner.types import KnobValue, Quality
 
 NEEDS_CONTEXT = ("first_block", "taylorseer")
-NEEDS_TIMESTEP = ("pab", "faster")
-CACHES = ("none", *NEEDS_CONTEXT, *NEEDS_TIMESTEP, "mag")
+NEEDS_TIMESTEP = ("pab",)
+CACHES = ("none", *NEEDS_CONTEXT, *NEEDS_TIMESTEP, "faster", "mag")
 NO_EFFECT = {("taylorseer", "WanTransformer3DModel"): "none of its modules match TaylorSeer's patterns"}
 FAILS = {("first_block", "Flux2Transformer2DModel"): "raises TypeError in its first block"}
 
@@ -45,6 +45,8 @@ class Cache(Knob):
             return None
         if value == "mag":
             return "MagCache needs magnitude ratios measured for this very checkpoint (diffusers MagCacheConfig)"
+        if value == "faster":
+            return "FasterCache must be told how each model guides and raises where that is wrong (tried on CogVideoX)"
         denoisers = facts.of_role("denoiser")
         if not denoisers or not all(part.can_cache for part in denoisers):
             return f"the denoiser of {facts.class_name} has no enable_cache"
@@ -95,7 +97,6 @@ _TEXTS = {
         "diffusers.PyramidAttentionBroadcastConfig(spatial_attention_block_skip_range=2, "
         "current_timestep_callback=lambda: pipe.current_timestep)"
     ),
-    "faster": ("diffusers.FasterCacheConfig(current_timestep_callback=lambda: pipe.current_timestep, is_guidance_distilled=True)"),
 }
 
 
@@ -108,9 +109,6 @@ def _config(site: Site, value: str) -> object:
         return diffusers.FirstBlockCacheConfig(threshold=0.05)
     if value == "taylorseer":
         return diffusers.TaylorSeerCacheConfig()
-    if value == "pab":
-        return diffusers.PyramidAttentionBroadcastConfig(
-            spatial_attention_block_skip_range=2, current_timestep_callback=lambda: pipe.current_timestep
-        )
-    # Guidance in one batch or in none cannot be told from here; the distilled form caches attention only.
-    return diffusers.FasterCacheConfig(current_timestep_callback=lambda: pipe.current_timestep, is_guidance_distilled=True)
+    return diffusers.PyramidAttentionBroadcastConfig(
+        spatial_attention_block_skip_range=2, current_timestep_callback=lambda: pipe.current_timestep
+    )
