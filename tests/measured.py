@@ -164,18 +164,20 @@ def _spied(owners: Mapping[int, tuple[str, str]], boundary: Callable[..., Any], 
 
 @contextmanager
 def _wrapped(pipe: Any, methods: set[tuple[str, str]], boundary: Callable[..., Any], depth: list[int]):
-    found = [(pipe.components[name], name, method) for name, method in methods if callable(getattr(pipe.components[name], method, None))]
+    parts = pipe.components
+    found = [(parts[name], name, method) for name, method in methods if callable(getattr(parts[name], method, None))]
     for module, name, method in found:
 
-        def entry(*args: Any, _name: str = f"{name}.{method}", _run: Any = getattr(module, method), **kwargs: Any) -> Any:
-            return _run(*args, **kwargs) if depth[0] else boundary(_name, _run, args, kwargs)
-
-        object.__setattr__(module, method, entry)
+        object.__setattr__(module, method, _entry(f"{name}.{method}", getattr(module, method), boundary, depth))
     try:
         yield
     finally:
         for module, _, method in found:
             object.__delattr__(module, method)
+
+
+def _entry(name: str, run: Callable[..., Any], boundary: Callable[..., Any], depth: list[int]) -> Callable[..., Any]:
+    return lambda *args, **kwargs: run(*args, **kwargs) if depth[0] else boundary(name, run, args, kwargs)
 
 
 def real_flops(pipe: Any, inputs: Mapping[str, Any]) -> int:

@@ -14,14 +14,15 @@ _MATMUL = {"mm", "addmm", "bmm", "baddbmm", "_int_mm", "_scaled_mm", "mv", "addm
 _CONVOLUTION = {"convolution", "_convolution", "convolution_overrideable"}
 _NORMALIZATION = {"native_layer_norm", "native_group_norm", "native_batch_norm", "_native_batch_norm_legit",
                   "_native_batch_norm_legit_no_training", "_fused_rms_norm", "rms_norm", "_batch_norm_no_update"}  # fmt: skip
-_REDUCTION = {"_softmax", "_log_softmax", "softmax", "sum", "mean", "amax", "amin", "max", "min", "var", "var_mean", "std", "argmax", "argmin",
-              "cumsum", "cumprod", "topk", "sort", "all", "any", "prod", "norm", "linalg_vector_norm", "logsumexp"}  # fmt: skip
+_REDUCTION = {"_softmax", "_log_softmax", "softmax", "sum", "mean", "amax", "amin", "max", "min", "var", "var_mean", "std", "argmax",
+              "argmin", "cumsum", "cumprod", "topk", "sort", "all", "any", "prod", "norm", "linalg_vector_norm", "logsumexp"}  # fmt: skip
 _COPY = {"clone", "copy_", "_to_copy", "cat", "stack", "repeat", "constant_pad_nd", "fill_", "zero_", "slice_scatter", "roll", "flip",
          "zeros", "ones", "full", "zeros_like", "ones_like", "full_like", "arange", "new_zeros", "new_ones", "new_full", "fill",
-         "contiguous", "reflection_pad1d", "reflection_pad2d", "reflection_pad3d", "replication_pad2d", "replication_pad3d", "replication_pad1d",
-         "pixel_shuffle", "pixel_unshuffle", "randn", "rand", "normal_", "scalar_tensor", "select_scatter", "tril", "triu", "eye", "linspace"}  # fmt: skip
-_GATHER = {"embedding", "index", "index_put_", "index_put", "_index_put_impl_", "gather", "scatter", "scatter_", "index_select", "index_add",
-           "grid_sampler_2d", "masked_select", "nonzero", "index_copy", "masked_scatter"}  # fmt: skip
+         "contiguous", "reflection_pad1d", "reflection_pad2d", "reflection_pad3d", "replication_pad1d", "replication_pad2d",
+         "replication_pad3d", "pixel_shuffle", "pixel_unshuffle", "randn", "rand", "normal_", "scalar_tensor", "select_scatter", "tril",
+         "triu", "eye", "linspace"}  # fmt: skip
+_GATHER = {"embedding", "index", "index_put_", "index_put", "_index_put_impl_", "gather", "scatter", "scatter_", "index_select",
+           "index_add", "grid_sampler_2d", "masked_select", "nonzero", "index_copy", "masked_scatter"}  # fmt: skip
 ALLOCATE_ONLY = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "empty_permuted", "resize_"}
 _DTYPE_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64", torch.int8: "int8",
                 torch.uint8: "int8", torch.int64: "int64", torch.int32: "int32", torch.bool: "bool", torch.float8_e4m3fn: "fp8",
@@ -110,7 +111,7 @@ def distinct_bytes(tensor: torch.Tensor) -> int:
             count *= side
         elif side == 0:
             return 0
-    return count * tensor.element_size()
+    return int(count * tensor.element_size())
 
 
 def signature_text(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str:

@@ -301,7 +301,7 @@ class Recorder(TorchDispatchMode):
             self._append_glue(frame, row, tensors, outs)
             return
         inputs = tuple(uid for t in tensors if (uid := self.uid_of(t)) is not None)
-        fresh = tuple(uid for item in outs if (uid := self.own(item)) is not None)
+        fresh = tuple(uid for item in _fresh(tensors, outs) if (uid := self.own(item)) is not None)
         row[7] = sum(frame.bytes[uid] for uid in fresh)
         row[12] = frame.modules.setdefault(self.paths[-1] if self.paths else "", len(frame.modules))
         row[13] = frame.shapes.setdefault(text, len(frame.shapes))
@@ -311,11 +311,16 @@ class Recorder(TorchDispatchMode):
 
     def _append_glue(self, glue: Glue, row: list[Any], tensors: list[torch.Tensor], outs: list[torch.Tensor]) -> None:
         if self._on_host(tensors):
-            for item in outs:
-                if item.untyped_storage()._cdata not in self._host:
-                    self.to_host(item)
+            for item in _fresh(tensors, outs):
+                self.to_host(item)
             return
-        for item in outs:
+        for item in _fresh(tensors, outs):
             self.own(item)
         glue.operations += 1
         glue.moved_bytes += row[3] + row[4]
+
+
+def _fresh(tensors: list[torch.Tensor], outs: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Results with a storage of their own: what an operation writes in place was there before."""
+    given = {tensor.untyped_storage()._cdata for tensor in tensors}
+    return [item for item in outs if item.untyped_storage()._cdata not in given]

@@ -134,8 +134,8 @@ class Session:
     def boundary(self, component: str, path: str, method: str, run: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """A call from the pipeline into a component: traced the first time, counted and answered after that."""
         with no_modes():
-            keys = signature((args, kwargs)), signature((args, kwargs), integers=False)
-        index = self._known((component, path, method, self.state_of(component)), *keys)
+            exact, loose = signature((args, kwargs)), signature((args, kwargs), integers=False)
+        index = self._known((component, path, method, self.state_of(component)), exact, loose)
         for tensor in leaves((args, kwargs)):
             self.recorder.own(tensor)
         event = self._glue_event(-1, self._weights_of(component))
@@ -146,7 +146,7 @@ class Session:
                 invocation = Invocation(component, path, label, run, convert(args, to_meta, seen), convert(kwargs, to_meta, seen),
                                         self.state_of(component))  # fmt: skip
             invocation.answer, invocation.trace = self._trace(invocation)
-            index = self._remember((component, path, method, invocation.dtype), *keys, invocation)
+            index = self._remember((component, path, method, invocation.dtype), exact, loose, invocation)
         self.events.append(replace(event, call=index))
         return self._answer(self.invocations[index].answer)
 
@@ -281,9 +281,9 @@ def _bytes_of(module: nn.Module) -> int:
 def _real_zeros(module: nn.Module) -> Iterator[None]:
     """A meta module with real zeros for weights while the block runs."""
     with no_modes():
-        saved = [(part._parameters, name, value) for part in module.modules() for name, value in part._parameters.items() if value is not None]
-        saved += [(part._buffers, name, value) for part in module.modules() for name, value in part._buffers.items()
-                  if value is not None and value.device.type == "meta"]  # fmt: skip
+        tables = [table for part in module.modules() for table in (part._parameters, part._buffers)]
+        saved = [(table, name, value) for table in tables for name, value in table.items()
+                 if value is not None and value.device.type == "meta"]  # fmt: skip
         made: dict[int, torch.Tensor] = {}
         for table, name, value in saved:
             if id(value) not in made:

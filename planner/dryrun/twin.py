@@ -53,7 +53,7 @@ def stored_bytes(module: nn.Module) -> int:
 
 def _replace_tensors(part: nn.Module, memo: dict[int, Any], compute: torch.dtype | None) -> None:
     values = dict(own_tensors(part))
-    for name, parameter in part._parameters.items():
+    for parameter in part._parameters.values():
         if parameter is not None and id(parameter) not in memo:
             stand_in = meta_like(parameter)
             floating = compute is not None and stand_in.is_floating_point()
