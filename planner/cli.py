@@ -264,7 +264,7 @@ def diff_command(
 
     found = diff.compare_plans(Plan.from_json(first), Plan.from_json(second))
     if as_json:
-        output.emit_json(found.model_dump(mode="json"))
+        output.emit_json(found.model_dump(mode="json", by_alias=True))
     else:
         output.emit(diff.render(found, output.terminal_width()))
 

@@ -114,7 +114,7 @@ def to_data(cells: Sequence[Cell]) -> dict[str, Any]:
 
 def render_html(cells: Sequence[Cell]) -> str:
     """One self-contained page with the table, searchable."""
-    from planner.explain.page import document, escape
+    from planner.explain.page import SEARCH, document, escape
 
     head = "".join(f"<th>{name}</th>" for name in ("model", "GPU", "batch", "peak", "a call", "per second", "plan"))
     body = []
@@ -124,5 +124,5 @@ def render_html(cells: Sequence[Cell]) -> str:
         texts = (cell.model, cell.gpu, str(cell.batch_size), *sizes, rate, _plan_words(cell))
         kind = ' class="lost"' if cell.settings is None else ""
         body.append(f"<tr{kind}>" + "".join(f"<td>{escape(text)}</td>" for text in texts) + "</tr>")
-    table_html = f'<table data-searchable><thead><tr>{head}</tr></thead><tbody>{"".join(body)}</tbody></table>'
-    return document("What runs where", f'<h1>What runs where</h1><section><div class="scroll">{table_html}</div></section>')
+    table_html = f'<table><thead><tr>{head}</tr></thead><tbody>{"".join(body)}</tbody></table>'
+    return document("What runs where", f'<h1>What runs where</h1><section>{SEARCH}<div class="scroll">{table_html}</div></section>')

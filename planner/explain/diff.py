@@ -14,7 +14,6 @@ from planner.units import format_bytes, format_seconds
 if TYPE_CHECKING:
     from planner.plan import Plan
 
-SCHEMA = "planner.diff/1"
 INDENT = 11
 METRICS = ("peak_allocated_bytes", "peak_reserved_bytes", "device_used_bytes", "host_bytes", "latency_seconds", "step_seconds",
            "setup_seconds")  # fmt: skip
@@ -35,7 +34,7 @@ class Change(Frozen):
 class PlanDiff(Frozen):
     """Differences of two plans, first against second."""
 
-    schema_: Literal["planner.diff/1"] = Field(default=SCHEMA, serialization_alias="schema")
+    schema_: Literal["planner.diff/1"] = Field(default="planner.diff/1", serialization_alias="schema")
     first: str
     second: str
     about: tuple[Change, ...]

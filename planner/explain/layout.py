@@ -28,17 +28,15 @@ def paragraph(label: str, text: str, width: int, indent: int) -> list[str]:
 def table(rows: Sequence[Sequence[str]], width: int, left: Iterable[int] = (0,), indent: int = 0) -> list[str]:
     """Rows in columns: those in ``left`` flush left, the others right.
 
-    Where the table is wider than ``width`` its widest flush-left columns are cut.
+    Where the table is wider than ``width`` its widest flush-left columns are cut, the first column last of all.
     """
     if not rows:
         return []
     flush = set(left)
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     spare = width - indent - sum(widths) - GAP * (len(widths) - 1)
-    while spare < 0 and any(widths[column] > 12 for column in flush):
-        widest = max(flush, key=lambda column: widths[column])
-        widths[widest] -= 1
-        spare += 1
+    for column in _cutting_order(widths, flush, spare):
+        widths[column] -= 1
     lines = []
     for row in rows:
         cells = [
@@ -47,3 +45,17 @@ def table(rows: Sequence[Sequence[str]], width: int, left: Iterable[int] = (0,),
         ]
         lines.append((" " * indent + (" " * GAP).join(cells)).rstrip())
     return lines
+
+
+def _cutting_order(widths: Sequence[int], flush: set[int], spare: int) -> list[int]:
+    """Which column loses a character, one after the other, until ``spare`` is no longer negative."""
+    left = dict(enumerate(widths))
+    order: list[int] = []
+    while spare + len(order) < 0:
+        candidates = [column for column in flush if column and left[column] > 12] or [column for column in flush if left[column] > 12]
+        if not candidates:
+            break
+        widest = max(candidates, key=lambda column: (left[column], column))
+        left[widest] -= 1
+        order.append(widest)
+    return order

@@ -49,7 +49,7 @@ def render_estimate(model: str, device: Device, settings_line: str, estimate: Es
         head += _lines("verdict", f"does not fit{short}", room)
     else:
         head += _lines("verdict", "fits" if device.budget_bytes is not None else "no budget to compare with", room)
-    head += _needs(estimate, room)
+    head += _needs(estimate, device.kind == "cuda", room)
     blocks = [head, phase_table(estimate, room, verbose), _terms(estimate.terms, room) if verbose else []]
     return "\n\n".join("\n".join(block) for block in blocks if block) + "\n"
 
@@ -64,10 +64,7 @@ def _lines(label: str, text: str, width: int) -> list[str]:
 def _head(plan: Plan, width: int) -> list[str]:
     lines = _lines("model", f"{plan.model} ({plan.pipeline_class}): {words.workload_text(plan.workload)}", width)
     lines += _device_lines(plan.device, width)
-    wanted = f"{plan.objective} at quality {plan.quality}"
-    if plan.calls is not None:
-        wanted += f", {plan.calls} call{'s' if plan.calls > 1 else ''}"
-    return lines + _lines("wanted", wanted, width)
+    return lines + _lines("wanted", words.wish_text(plan), width)
 
 
 def _device_lines(device: Device, width: int) -> list[str]:
@@ -77,7 +74,7 @@ def _device_lines(device: Device, width: int) -> list[str]:
 
 def _decision(plan: Plan, width: int) -> list[str]:
     lines = _lines("plan", words.plan_line(plan), width)
-    lines += _needs(plan.predicted, width)
+    lines += _needs(plan.predicted, plan.device.kind == "cuda", width)
     if plan.objective == "throughput" and (rate := words.throughput(plan, plan.predicted)) is not None:
         lines += _lines("", f"{rate:.3g} samples per second", width)
     if plan.measured is not None:
@@ -89,10 +86,10 @@ def _decision(plan: Plan, width: int) -> list[str]:
     return lines
 
 
-def _needs(estimate: Estimate, width: int) -> list[str]:
-    memory = [f"peak {words.bytes_interval(estimate, 'peak_allocated_bytes')} allocated"]
-    memory += [f"{format_bytes(estimate.peak_reserved_bytes)} reserved", f"{format_bytes(estimate.device_used_bytes)} on the device"]
-    memory += [f"host RAM {format_bytes(estimate.host_bytes)}"]
+def _needs(estimate: Estimate, on_gpu: bool, width: int) -> list[str]:
+    memory = [f"peak {words.bytes_interval(estimate, 'peak_allocated_bytes')}", f"reserved {format_bytes(estimate.peak_reserved_bytes)}"]
+    memory += [f"nvidia-smi {format_bytes(estimate.device_used_bytes)}"] if on_gpu else []
+    memory += [f"host RAM {format_bytes(estimate.host_bytes)}"] if estimate.host_bytes else []
     time = [f"{words.seconds_interval(estimate)} a call"]
     if estimate.step_seconds is not None:
         time.append(f"{format_seconds(estimate.step_seconds)} a step")
@@ -205,7 +202,7 @@ def _rejected_summary(plan: Plan, width: int) -> list[str]:
     for item in plan.rejected:
         counts[item.kind] = counts.get(item.kind, 0) + item.count
     if counts:
-        ordered = [f"{count} {words.KINDS[kind]}" for kind, count in sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))]
+        ordered = [f"{words.KINDS[kind]} {count}" for kind, count in sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))]
         lines += _lines("rejected", ", ".join(ordered), width)
     return lines
 

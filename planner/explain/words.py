@@ -10,12 +10,14 @@ from planner.units import format_bytes, format_seconds
 if TYPE_CHECKING:
     from planner.plan import Plan
 
+WISHES = {"latency": "least time for a call", "throughput": "most samples per second", "memory": "least memory"}
+"""What the objectives mean."""
 KINDS = {
     "memory": "too little memory",
     "host": "too little host RAM",
     "rule": "forbidden by a rule",
     "time": "slower",
-    "dominated": "no smaller and no faster than another",
+    "dominated": "neither smaller nor faster than another",
 }
 """What the kinds of rejection mean."""
 
@@ -33,6 +35,12 @@ def settings_text(settings: Settings, nothing: str = "nothing changed") -> str:
 def difference(settings: Settings, other: Settings) -> dict[str, KnobValue]:
     """The settings that ``other`` does not have alike."""
     return {name: value for name, value in settings.items() if other.get(name) != value}
+
+
+def wish_text(plan: Plan) -> str:
+    """Objective, quality and number of calls, as asked for."""
+    calls = "" if plan.calls is None else f", for {plan.calls} call{'s' if plan.calls > 1 else ''}"
+    return f"{WISHES[plan.objective]}, quality {plan.quality}{calls}"
 
 
 def plan_line(plan: Plan) -> str:
