@@ -59,6 +59,8 @@ class Device(Frozen):
     link_bytes_per_second: float | None = None
     l2_bytes: int | None = None
     sm_count: int | None = None
+    power_watts: float | None = None
+    """Board power limit, where it is known and matters for the clock that can be held."""
     basis: Basis
     note: str | None = None
 

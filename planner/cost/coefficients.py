@@ -53,6 +53,10 @@ class Coefficients(Frozen):
     compile_seconds_per_kernel: Seconds
     autotune_seconds_per_matmul: Seconds
     quantize_bytes_per_second: Annotated[float, Field(gt=0)]
+    peak_over_fp32: Annotated[float, Field(gt=0)] | None = None
+    """Cap on the reachable 16-bit peak, in multiples of the fp32 peak: silicon that feeds no more, whatever its tensor cores could."""
+    flops_per_joule: Annotated[float, Field(gt=0)] | None = None
+    """Cap on the reachable 16-bit peak per watt of board power: cards that cannot hold their boost clock."""
     memory_error: Annotated[float, Field(ge=0, lt=1)]
     """Half width of the 90 % interval of a peak, relative to activations and workspace."""
     latency_error: Annotated[float, Field(ge=0, lt=2)]
@@ -66,7 +70,7 @@ class Coefficients(Frozen):
 
 
 @lru_cache(maxsize=1)
-def _tables() -> dict[str, dict[str, Any]]:
+def _tables() -> dict[str, Any]:
     path = data_path("calibration", "coefficients", "defaults.toml")
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -74,22 +78,22 @@ def _tables() -> dict[str, dict[str, Any]]:
         raise CalibrationError(f"{path.name}: the shipped coefficients cannot be read: {error}; reinstall the package.") from error
     if content.get("schema_version") != SCHEMA_VERSION:
         raise CalibrationError(f"{path.name}: schema_version is {content.get('schema_version')!r}, this version reads {SCHEMA_VERSION}.")
-    return {str(name): table for name, table in content["architecture"].items()}
+    return content
 
 
 def default_coefficients(device: Device) -> Coefficients:
-    """Coefficients for a device nobody measured yet, by its architecture; an unknown one takes its newest relative's.
+    """Coefficients for a device nobody measured yet, by its compute capability; an unknown one takes the base values.
 
     Raises:
         CalibrationError: the shipped file is broken; the message names the field.
     """
     tables = _tables()
-    known = tables.get(device.architecture.lower())
-    chosen = tables["other"] if known is None else known
-    merged = tables["base"] | chosen | {"sources": tables["base"]["sources"] | chosen.get("sources", {})}
+    where = "cpu" if device.kind == "cpu" else "capability." + ".".join(map(str, device.compute_capability or ()))
+    chosen = tables["cpu"] if device.kind == "cpu" else tables["capability"].get(where.removeprefix("capability."), {})
+    base = tables["base"]
+    merged = base | chosen | {"sources": base["sources"] | chosen.get("sources", {})}
     try:
         return Coefficients.model_validate(merged)
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        raise CalibrationError(f"defaults.toml: architecture.{device.architecture}.{where}: {first['msg']}") from error
+        raise CalibrationError(f"defaults.toml: {where}.{'.'.join(map(str, first['loc']))}: {first['msg']}") from error

@@ -64,9 +64,23 @@ def host_seconds(call: CallTrace, coefficients: Coefficients, recipe: Recipe, ke
     return kernels * each + coefficients.call_seconds
 
 
-def peak_flops(call: CallTrace, device: Device, recipe: Recipe, scheme: str | None) -> Floats:
-    """Datasheet peak per operation for its dtype, tensor cores where torch uses them."""
-    peaks = device.flops_per_second
+def reachable_peaks(device: Device, coefficients: Coefficients) -> dict[str, float]:
+    """Datasheet peaks, the 16-bit ones no higher than the silicon feeds and the board's power sustains."""
+    peaks = dict(device.flops_per_second)
+    caps = []
+    if coefficients.peak_over_fp32 is not None and "fp32" in peaks:
+        caps.append(coefficients.peak_over_fp32 * peaks["fp32"])
+    if coefficients.flops_per_joule is not None and device.power_watts is not None:
+        caps.append(coefficients.flops_per_joule * device.power_watts)
+    for name in ("fp16", "bf16"):
+        if name in peaks and caps:
+            peaks[name] = min(peaks[name], *caps)
+    return peaks
+
+
+def peak_flops(call: CallTrace, device: Device, coefficients: Coefficients, recipe: Recipe, scheme: str | None) -> Floats:
+    """Reachable peak per operation for its dtype, tensor cores where torch uses them."""
+    peaks = reachable_peaks(device, coefficients)
     single = peaks.get("fp32") or min(peaks.values())
     table = np.full(len(DTYPES), single)
     for index, name in enumerate(DTYPES):
@@ -91,7 +105,7 @@ def compute_seconds(call: CallTrace, device: Device, coefficients: Coefficients,
     share = np.where(kind == Kind.CONVOLUTION, coefficients.convolution_share, share)
     share = np.where(kind == Kind.ATTENTION, _attention_shares(call, device, coefficients, recipe), share)
     padded = call.flops / (share * fill(call, device))
-    return np.asarray(padded / peak_flops(call, device, recipe, scheme), dtype=np.float64)
+    return np.asarray(padded / peak_flops(call, device, coefficients, recipe, scheme), dtype=np.float64)
 
 
 def fill(call: CallTrace, device: Device) -> Floats:

@@ -191,7 +191,7 @@ class CostModel:
         placed = self.residency(trace, recipe)
         phases = [self.phase_cost(trace, index, recipe, placed) for index in range(len(trace.calls))]
         around = self.around_cost(trace, recipe, placed)
-        setup = around.setup_seconds + sum(self.compile_seconds(trace, phase, recipe) for phase in phases)
+        setup = around.setup_seconds + sum(self.compile_seconds(trace, phase.call, phase.cost.time, recipe) for phase in phases)
         return Cost(
             tuple(phases), around.glue_peak_bytes, self._graph_pool(trace, recipe, phases), around.blas_bytes, around.glue_seconds,
             around.host_seconds, setup, around.setup_peak_bytes, placed.host_bytes, placed, trace, recipe.calls)  # fmt: skip
@@ -201,10 +201,19 @@ class CostModel:
         counts, helds, _ = self._held(trace)
         cost = self.call_cost(trace, index, recipe, placed)
         moved = transfer_seconds(placed, index, counts[index], cost.time, self.device, self.coefficients, recipe)
-        repeats = counts[index] * self._repeat_factor(trace, index, recipe)
-        compute = repeats * cost.time.seconds * self.time_scale
+        compute = self.compute_seconds(trace, index, cost.time, recipe)
         graphs = self._local(trace, index, recipe).cuda_graphs
         return PhaseCost(index, counts[index], placed.resident_bytes[index], helds[index], cost, compute, moved, graphs)
+
+    def compute_seconds(self, trace: PipelineTrace, index: int, time: CallTime, recipe: Recipe) -> float:
+        """All repetitions of one distinct call, copies between host and device not counted."""
+        return self._held(trace)[0][index] * self._repeat_factor(trace, index, recipe) * time.seconds * self.time_scale
+
+    def call_seconds(self, trace: PipelineTrace, index: int, recipe: Recipe) -> CallTime:
+        """Time of one distinct call alone: cheaper than :meth:`call_cost`, and independent of where weights are."""
+        call = self.variant(trace, index, recipe)
+        local = self._local(trace, index, recipe)
+        return self._time(call, local, local.recipe(), local.scheme)
 
     def around_cost(self, trace: PipelineTrace, recipe: Recipe, placed: Residency) -> AroundCost:
         """What belongs to no component. Reads only the trace's and the offload's recipe fields, and ``steps_factor``."""
@@ -279,6 +288,10 @@ class CostModel:
             self._residencies[key] = residency(self.traces.facts, trace, recipe)
         return self._residencies[key]
 
+    def held(self, trace: PipelineTrace) -> tuple[list[int], list[int]]:
+        """Per distinct call: how often it is made, and the most bytes that the pipeline holds when it starts."""
+        return self._held(trace)[:2]
+
     def _held(self, trace: PipelineTrace) -> tuple[list[int], list[int], int]:
         """Per distinct call its count and the most the pipeline holds when it starts; and all glue operations."""
         known = self._helds.get(id(trace))
@@ -331,15 +344,15 @@ class CostModel:
         quantized = sum(weights.get(name, 0) for name in recipe.weights)
         return seconds + quantized / self.coefficients.quantize_bytes_per_second
 
-    def compile_seconds(self, trace: PipelineTrace, phase: PhaseCost, recipe: Recipe) -> float:
+    def compile_seconds(self, trace: PipelineTrace, index: int, time: CallTime, recipe: Recipe) -> float:
         """One-off: compiling what one distinct call runs. Sources: the coefficients named here."""
-        local = self._local(trace, phase.call, recipe)
+        local = self._local(trace, index, recipe)
         if not local.fused:
             return 0.0
         share = 0.15 if local.fusion == "regional" else 1.0
-        seconds = share * phase.cost.time.kernels * self.coefficients.compile_seconds_per_kernel
+        seconds = share * time.kernels * self.coefficients.compile_seconds_per_kernel
         if local.autotuned:
-            call = trace.calls[phase.call]
+            call = trace.calls[index]
             seconds += len(set(call.shape[call.kind == Kind.MATMUL].tolist())) * self.coefficients.autotune_seconds_per_matmul
         return seconds
 

@@ -67,6 +67,7 @@ class GpuProfile(Frozen):
     sm_count: Figure[Annotated[int, Field(gt=0)]] | None = None
     boost_mhz: Figure[Positive] | None = None
     l2_mib: Figure[Positive] | None = None
+    power_watts: Figure[Positive] | None = None
     tflops: dict[Throughput, Figure[Positive]] = Field(min_length=1)
 
     @property
@@ -241,6 +242,7 @@ def device_from_profile(profile: GpuProfile, budget_bytes: int | None = None, no
         link_bytes_per_second=profile.link_bytes_per_second,
         l2_bytes=profile.l2_bytes,
         sm_count=None if profile.sm_count is None else profile.sm_count.value,
+        power_watts=None if profile.power_watts is None else profile.power_watts.value,
         basis="datasheet",
         note=" ".join(text for text in (note, profile.note) if text) or None,
     )
