@@ -17,8 +17,8 @@ from tests.zoo import FAMILIES
 SAME = (
     "sd15", "sd15_img2img", "sd15_inpaint", "sd15_controlnet", "sdxl", "sdxl_refiner", "t2i_adapter", "instruct_pix2pix",
     "x4_upscaler", "sd3", "flux", "flux_kontext", "flux2", "pixart_sigma", "sana", "aura_flow", "lumina2", "cogview4",
-    "hunyuan_dit", "dit", "deepfloyd_if", "unclip", "kandinsky22", "kandinsky22_combined", "cascade_combined", "wuerstchen_decoder", "audioldm",
-    "stable_audio", "ddpm", "animatediff",
+    "hunyuan_dit", "dit", "deepfloyd_if", "unclip", "kandinsky22", "kandinsky22_combined", "cascade_combined",
+    "wuerstchen_decoder", "audioldm", "stable_audio", "ddpm", "animatediff",
     "wan21_t2v", "wan22_t2v", "wan21_i2v", "cogvideox", "ltx_video", "mochi", "hunyuan_video", "latte",
 )  # fmt: skip
 """Not here: Qwen-Image (keeps its frequencies in a plain attribute that a real CPU run need not copy, and a device must) and
