@@ -185,14 +185,18 @@ def probe_missing(traces_calls: Calls, device: Device, calibration: Calibration,
     return with_host_share(seconds, [call for call, _ in counted], calibration.rates, variants) if device.kind == "cpu" else seconds
 
 
+def in_variant(probes: Mapping[str, float], call: CallTrace, variant: Variant) -> dict[str, float]:
+    """Probes of a call's operations as they run in ``variant``, under the plain signatures that the cost model looks up."""
+    keys = {text: variant_signature(text, variant) for text in call.shapes}
+    return {text: probes[key if key in probes else text] for text, key in keys.items() if key in probes or text in probes}
+
+
 def _occurrences(counted: Sequence[tuple[CallTrace, int]], variants: Sequence[Variant]) -> Counter[str]:
     counts: Counter[str] = Counter()
     for call, times in counted:
         for text, each in zip(call.shapes, np.bincount(call.shape, minlength=len(call.shapes)).tolist(), strict=True):
             for variant in variants:
-                key = variant_signature(text, variant)
-                if not variant or key != text:
-                    counts[key] += each * times
+                counts[variant_signature(text, variant)] += each * times
     return counts
 
 
@@ -274,4 +278,4 @@ def cpu_peaks(samples: Iterable[Sample]) -> tuple[dict[str, float], float] | Non
 
 
 __all__ = ["Calibration", "DeviceKey", "Run", "Store", "calibrate", "calibration_for", "cpu_device_measured", "cpu_peaks", "device_key",
-           "probe_missing", "settings_digest", "with_host_share"]  # fmt: skip
+           "in_variant", "probe_missing", "settings_digest", "with_host_share"]  # fmt: skip
