@@ -142,11 +142,12 @@ def explain_command(
 def _plan(model: str, gpu: str | None, request: dict[str, Any], as_json: bool) -> Any:
     """The plan; what lacks when nothing fits goes to stdout, too, where JSON was asked for."""
     from planner.autoplan import explain
-    from planner.progress import to_stderr
+    from planner.cli_output import progress
 
-    to_stderr(f"planning {model}")
     try:
-        return explain(model, gpu, **request)
+        with progress() as say:
+            say(f"planning {model}")
+            return explain(model, gpu, **request)
     except NoFeasiblePlan as error:
         if as_json:
             from planner.cli_output import emit_json
@@ -237,9 +238,9 @@ def _compare(models: list[str] | None, gpus: list[str] | None, batches: list[int
              csv: bool | None, html: Path | None) -> None:  # fmt: skip
     from planner import cli_output as output
     from planner.explain import compare
-    from planner.progress import to_stderr
 
-    rows = compare.compare(models, gpus, batches, say=to_stderr, **request)
+    with output.progress() as say:
+        rows = compare.compare(models, gpus, batches, say=say, **request)
     if html is not None:
         output.write_file(html, compare.render_html(rows))
     if as_json:

@@ -6,9 +6,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from planner import cli_output as output
-from planner.errors import UsageError, VerificationError
+from planner.errors import CalibrationError, UsageError, VerificationError
 from planner.explain.layout import paragraph, table
-from planner.progress import to_stderr
 from planner.units import format_bytes, format_seconds
 
 if TYPE_CHECKING:
@@ -33,11 +32,12 @@ def check(file: Path, folder: Path | None, random_weights: bool, as_json: bool) 
     plan = Plan.from_json(file)
     _require_device(plan)
     pipe = _pipeline(plan, folder, random_weights)
-    to_stderr("running the pipeline as it is, for comparison")
-    reference = verify.reference_output(plan, pipe, {})
-    to_stderr("running it under the plan")
-    with plan.apply(pipe):
-        result = verify.check(plan, pipe, {}, reference)
+    with output.progress() as say:
+        say("running the pipeline as it is, for comparison")
+        reference = verify.reference_output(plan, pipe, {})
+        say("running it under the plan")
+        with plan.apply(pipe):
+            result = verify.check(plan, pipe, {}, reference)
     rows = comparison(plan, result.measurement)
     if as_json:
         output.emit_json({"schema": "planner.check/1", "plan": str(file), "failures": list(result.failures), "metrics": rows,
@@ -109,7 +109,6 @@ def _loaded(plan: Plan, folder: Path) -> Any:
     import torch
 
     name = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}.get(str(plan.baseline.get("dtype")))
-    to_stderr(f"loading {folder}")
     pipe = diffusers.DiffusionPipeline.from_pretrained(folder, local_files_only=True, dtype=getattr(torch, name) if name else None)
     if type(pipe).__name__ != plan.pipeline_class:
         raise UsageError(f"{folder} holds a {type(pipe).__name__}, the plan is for {plan.pipeline_class}.")
@@ -125,11 +124,10 @@ def _random(plan: Plan) -> Any:
     source = resolve(plan.model)
     if source.digest != plan.digest:
         raise UsageError(f"{plan.model} is not what it was when the plan was made; plan again, then check the new plan.")
-    to_stderr(f"building {plan.model} with random weights")
     pipe = source.build(dtype=str(plan.baseline["dtype"]) if "dtype" in plan.baseline else None)
     needed, free = _meta_bytes(pipe), host_memory().free_bytes
     if needed > 0.8 * free:
-        raise UsageError(f"{plan.model} has {format_bytes(needed)} of weights, of host RAM only {format_bytes(free)} are free; check elsewhere.")
+        raise UsageError(f"{plan.model} has {format_bytes(needed)} of weights, but only {format_bytes(free)} of host RAM are free.")
     fill_meta(pipe)
     pipe.set_progress_bar_config(disable=True)
     return pipe
@@ -175,3 +173,75 @@ def _filled(name: str, tensor: Any, generator: Any) -> Any:
     elif drawn.is_floating_point() and not name.endswith("bias"):
         drawn.fill_(1.0)
     return torch.nn.Parameter(drawn, requires_grad=False) if isinstance(tensor, torch.nn.Parameter) else drawn
+
+
+# -- calibrate and validate -------------------------------------------------------------------------------------------
+
+
+def calibrate(quick: bool, show: bool, export: Path | None, imported: Path | None, device: str | None, as_json: bool) -> None:
+    """`planner calibrate`: probe, or show, export or import what is stored for the device that is here.
+
+    Raises:
+        UsageError: two of the actions at once.
+        HardwareError: the device cannot be probed.
+        CalibrationError: a file that is no calibration, or of another device.
+    """
+    from planner.calibrate import Store, calibrate, device_key
+    from planner.hardware.detect import detect_device
+
+    if sum((show, export is not None, imported is not None, quick)) > 1:
+        raise UsageError("--quick, --show, --export and --import exclude each other; give one.")
+    here, store = detect_device(device), Store()
+    key = device_key(here)
+    if export is not None:
+        store.export(key, export)
+        output.remark(f"wrote {export}")
+    elif imported is not None:
+        store.import_(imported, key)
+        output.remark(f"stored what {imported} holds")
+    elif not show:
+        with output.progress() as say:
+            calibrate(here, quick, say, store=store)
+    contents = store.load(key)
+    if show and not (contents.runs or contents.samples):
+        raise CalibrationError(f"nothing is stored for {here.name} with this driver and torch; run: planner calibrate")
+    if as_json:
+        output.emit_json({"schema": "planner.calibration-summary/1", **_stored(contents, here.name), "file": str(store.path(key))})
+    else:
+        output.emit(render_stored(_stored(contents, here.name)))
+
+
+def _stored(contents: Any, name: str) -> dict[str, Any]:
+    runs = [
+        {"id": run.id, "date": run.date, "complete": run.complete, "operations": len(run.samples), "unstable": list(run.unstable())}
+        for run in contents.runs
+    ]
+    return {"device": name, "runs": runs, "operations": len(contents.samples), "observations": len(contents.observations)}
+
+
+def render_stored(stored: dict[str, Any]) -> str:
+    """What is stored for one device, as text; unstable measurements as warnings."""
+    width = output.terminal_width() or 100
+    lines = paragraph("device", stored["device"], width, _INDENT)
+    kept = f"{stored['operations']} operations timed for pipelines, {stored['observations']} checked runs"
+    lines += paragraph("stored", f"{len(stored['runs'])} probe runs, {kept}", width, _INDENT)
+    rows = [("run", "date", "operations", "")]
+    rows += [(run["id"], run["date"], str(run["operations"]), "" if run["complete"] else "interrupted") for run in stored["runs"]]
+    if len(rows) > 1:
+        lines += ["", *table(rows, width, left=(0, 1, 3))]
+    unstable = stored["runs"][-1]["unstable"] if stored["runs"] else []
+    if unstable:
+        names = f"{len(unstable)} measurements of the last run scatter too much, among them {unstable[0]}"
+        lines += ["", *paragraph("warning", f"{names}; close other programs, then run: planner calibrate", width, _INDENT)]
+    return "\n".join(lines) + "\n"
+
+
+def validate(file: Path, out: Path | None, plot: Path | None) -> None:
+    """`planner validate`: predict every row of a table and print error statistics."""
+    from planner.validate import render_text, run
+    from planner.validate.predict import predictor
+
+    with output.progress() as say:
+        say(f"predicting the rows of {file.name}")
+        report = run(file, predictor(), out=out, plot_path=plot)
+    output.emit(render_text(report))

@@ -7,10 +7,13 @@ import os
 import re
 import shutil
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from planner.errors import UsageError
+from planner.progress import Progress, silent
 
 _LABEL = re.compile(r"^(?! )([a-z][a-z ]{1,9}?)(?=  |$)")
 
@@ -53,6 +56,18 @@ def json_text(content: Any) -> str:
 def remark(line: str) -> None:
     """One line on stderr."""
     print(f"planner: {line}", file=sys.stderr, flush=True)
+
+
+@contextmanager
+def progress() -> Iterator[Progress]:
+    """A line on stderr that shows what is going on, while it is a terminal; nothing otherwise."""
+    if not sys.stderr.isatty():
+        yield silent
+        return
+    from rich.console import Console
+
+    with Console(stderr=True).status("") as status:
+        yield status.update
 
 
 def write_file(path: Path, text: str) -> None:

@@ -6,8 +6,10 @@ import textwrap
 from collections.abc import Iterable, Sequence
 
 DEFAULT_WIDTH = 100
-LEAST_WIDTH = 60
+LEAST_WIDTH = 72
 GAP = 2
+LEAST_COLUMN = 10
+"""Letters that a cut column keeps."""
 
 
 def shortened(text: str, width: int) -> str:
@@ -52,10 +54,10 @@ def _cutting_order(widths: Sequence[int], flush: set[int], spare: int) -> list[i
     left = dict(enumerate(widths))
     order: list[int] = []
     while spare + len(order) < 0:
-        candidates = [column for column in flush if column and left[column] > 12] or [column for column in flush if left[column] > 12]
+        candidates = [column for column in flush if left[column] > LEAST_COLUMN]
         if not candidates:
             break
-        widest = max(candidates, key=lambda column: (left[column], column))
+        widest = max(candidates, key=lambda column: (column > 0, left[column], column))
         left[widest] -= 1
         order.append(widest)
     return order

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from planner.explain import words
 from planner.explain.layout import DEFAULT_WIDTH, LEAST_WIDTH, paragraph, table
 from planner.types import Device, Estimate, Measurement, Phase, Rejection, Term
-from planner.units import format_bytes, format_seconds
+from planner.units import GIB, format_bytes, format_seconds
 
 if TYPE_CHECKING:
     from planner.plan import Plan
@@ -16,7 +16,10 @@ if TYPE_CHECKING:
 INDENT = 11
 MANY_PHASES = 8
 MANY_LOST = 4
+ROOMY = 92
+"""From this width on a table's sizes carry their units; below it the head says GiB once."""
 _PHASE_HEAD = ("phase", "calls", "time", "weights", "activations", "workspace", "peak", "bound by")
+_NARROW_HEAD = ("in GiB", "calls", "time", "weights", "activ.", "worksp.", "peak", "bound")
 
 
 def render(plan: Plan, verbose: bool = False, width: int | None = None) -> str:
@@ -133,7 +136,9 @@ def phase_table(estimate: Estimate, width: int, verbose: bool = False) -> list[s
         return []
     shown = phases if verbose else most_important(phases)
     highest, longest = max(phases, key=lambda phase: phase.peak_allocated_bytes), max(phases, key=lambda phase: phase.seconds)
-    rows = [_PHASE_HEAD, *(_phase_row(phase, phase is highest, phase is longest) for phase in shown)]
+    roomy = width >= ROOMY
+    rows = [_PHASE_HEAD if roomy else _NARROW_HEAD]
+    rows += [_phase_row(phase, phase is highest, phase is longest, roomy) for phase in shown]
     lines = table(rows, width, left=(0, 7))
     left_out = [phase for phase in phases if phase not in shown]
     if left_out:
@@ -152,11 +157,16 @@ def most_important(phases: Sequence[Phase]) -> list[Phase]:
     return [phase for phase in phases if phase in kept]
 
 
-def _phase_row(phase: Phase, highest: bool, longest: bool) -> tuple[str, ...]:
+def _phase_row(phase: Phase, highest: bool, longest: bool, roomy: bool) -> tuple[str, ...]:
+    show = format_bytes if roomy else _in_gib
     sizes = (phase.weights_bytes, phase.activations_bytes, phase.workspace_bytes)
     time = format_seconds(phase.seconds) + (" <" if longest else "  ")
-    peak = format_bytes(phase.peak_allocated_bytes) + (" <" if highest else "  ")
-    return (phase.name, str(phase.calls), time, *map(format_bytes, sizes), peak, phase.bound)
+    peak = show(phase.peak_allocated_bytes) + (" <" if highest else "  ")
+    return (phase.name, str(phase.calls), time, *map(show, sizes), peak, phase.bound)
+
+
+def _in_gib(size: int) -> str:
+    return f"{size / GIB:.2f}"
 
 
 def _what_binds(plan: Plan, width: int) -> list[str]:
