@@ -35,10 +35,17 @@ def uses_channels_last_kernels(device: Device, call: CallTrace) -> Ints:
     return ((call.kind == Kind.CONVOLUTION) & (half | single)).astype(np.int64)
 
 
-def convolution_bytes(call: CallTrace, device: Device, recipe: Recipe) -> Ints:
-    """NHWC copies that a convolution makes: of its input, and for NCHW tensors of its output too.
+DIRECT_OUTPUT_LIMIT = 1 << 38
+"""Output elements times output channels from which 16-bit convolutions write NCHW themselves. Source: see below."""
 
-    Source: FLUX VAE decode on an H100, published peaks at four batch sizes, are met within 1 % by this rule alone.
+
+def convolution_bytes(call: CallTrace, device: Device, recipe: Recipe) -> Ints:
+    """NHWC copies that cuDNN makes in its workspace for NCHW tensors: of a convolution's input, and mostly of its output.
+
+    TF32 kernels read NHWC and write NCHW (``..._nhwckrsc_nchw_...``), so the output needs no copy; so do the kernels that
+    16-bit convolutions get once the output is large. Sources: published decode peaks of one VAE architecture at 512x512 to
+    1024x1024, batch 1 to 16, in fp16, bf16 (FLUX on an H100, SD 2.1, PixArt, AnimateDiff) and fp32 (SDXL): each peak is
+    liveness plus these copies within 1 %; the limit is where they change between batches 1, 4, 8 and 16 of FLUX.
     Under ``channels_last`` the output needs no copy; the input still does, for group norm hands it over in NCHW.
     """
     nhwc = uses_channels_last_kernels(device, call)
@@ -46,22 +53,21 @@ def convolution_bytes(call: CallTrace, device: Device, recipe: Recipe) -> Ints:
         return np.zeros(len(call), dtype=np.int64)
     dims = call.dims
     input_bytes = np.maximum(call.read_bytes - call.param_bytes, 0)
-    output_bytes = dims[:, 0] * dims[:, 2] * dims[:, 3] * dtype_bytes(call)
-    return nhwc * (input_bytes + (0 if recipe.channels_last else output_bytes))
+    out_elements = dims[:, 0] * dims[:, 2] * dims[:, 3]
+    copies_output = np.isin(call.dtype, _SIXTEEN_BIT) & (out_elements * dims[:, 3] < DIRECT_OUTPUT_LIMIT) & (not recipe.channels_last)
+    return nhwc * (input_bytes + copies_output * out_elements * dtype_bytes(call))
 
 
 def attention_kernel(call: CallTrace, device: Device, recipe: Recipe) -> list[Attention]:
     """Which kernel each operation would use; ``default`` entries of the recipe are resolved as torch's SDPA does."""
     chosen = recipe.attention
     dims = call.dims
-    kernels: list[Attention] = []
-    for index in range(len(call)):
-        if call.kind[index] != Kind.ATTENTION:
-            kernels.append("default")
-        elif chosen == "default" or (chosen in ("flash", "cudnn") and call.dtype[index] not in _SIXTEEN_BIT):
-            kernels.append(_default_kernel(device, int(call.dtype[index]), int(dims[index, 4]), bool(dims[index, 6])))
+    kernels: list[Attention] = ["default"] * len(call)
+    for index in np.flatnonzero(call.kind == int(Kind.ATTENTION)).tolist():
+        if chosen == "default" or (chosen in ("flash", "cudnn") and call.dtype[index] not in _SIXTEEN_BIT):
+            kernels[index] = _default_kernel(device, int(call.dtype[index]), int(dims[index, 4]), bool(dims[index, 6]))
         else:
-            kernels.append(chosen)
+            kernels[index] = chosen
     return kernels
 
 

@@ -146,6 +146,11 @@ class Recorder(TorchDispatchMode):
         table[ref.key] = ref
         return ref
 
+    def glue_bytes_of(self, tensor: torch.Tensor) -> int:
+        """Bytes of a storage that the pipeline's own code allocated; 0 for any other."""
+        ref = self._storages.get(tensor.untyped_storage()._cdata)
+        return ref.uid if ref is not None and ref.frame is self.glue else 0
+
     def uid_of(self, tensor: torch.Tensor) -> int | None:
         """The uid of a storage counted in the current frame."""
         return self.uid_in(self.frame, tensor)

@@ -61,6 +61,7 @@ class Session:
     _weight_bytes: dict[Any, int] = field(default_factory=dict)
     _storages: dict[Any, frozenset[int]] = field(default_factory=dict)
     _glue_seen: tuple[int, int] = (0, 0)
+    _cast: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         self.functions = Functions(self.recorder)
@@ -230,9 +231,16 @@ class Session:
         glue = self.recorder.glue
         operations, moved = self._glue_seen
         self._glue_seen = glue.operations, glue.moved_bytes
-        event = Event(call, glue.live_bytes, glue.operations - operations, glue.moved_bytes - moved, glue.peak_bytes, weight_bytes)
+        cast = self._cast_bytes()
+        held, peak = glue.live_bytes - cast, glue.peak_bytes - cast
+        event = Event(call, held, glue.operations - operations, glue.moved_bytes - moved, max(peak, held), weight_bytes)
         glue.peak_bytes = glue.live_bytes
         return event
+
+    def _cast_bytes(self) -> int:
+        """Weights that the pipeline's own code made by casting a component: they count as weights, not as held tensors."""
+        self._cast |= {name for name, (state, _) in self._stored.items() if self.state_of(name) != state}
+        return sum(self.recorder.glue_bytes_of(t) for name in self._cast for t in _tensors_of(self.modules[name]))
 
     # -- components -------------------------------------------------------------------------------------------------
 
