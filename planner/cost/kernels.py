@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from planner.cost.coefficients import Coefficients
+from planner.cost.condense import repeats
 from planner.cost.workspace import attention_bytes, attention_kernel, dtype_bytes, has_convolution, uses_channels_last_kernels
 from planner.dryrun.trace import DTYPES, CallTrace, Floats, Kind
 from planner.recipe import Recipe
@@ -40,18 +41,19 @@ def call_time(call: CallTrace, device: Device, coefficients: Coefficients, recip
     memory = direct_bytes(call, scheme, fused) / rate
     serial = serial_bytes(call, device, recipe, scheme, fused) / rate
     heads = call.fused_head if fused else np.ones(len(call), dtype=np.int64)
-    kernels = int(heads.sum())
+    counts = repeats(call)
+    kernels = int((heads * counts).sum())
     times = np.where(heads > 0, np.maximum(compute, memory) + serial + coefficients.kernel_seconds, compute)
     measured = 0.0
     if probes and not fused:
         known = np.array([probes.get(text, np.nan) for text in call.shapes], dtype=np.float64)[call.shape]
         hit = ~np.isnan(known)
         times = np.where(hit, known, times)
-        measured = float(times[hit].sum() / times.sum()) if times.sum() else 0.0
-    kernel_seconds = float(times.sum())
+        measured = float((times * counts)[hit].sum() / (times * counts).sum()) if times.any() else 0.0
+    kernel_seconds = float((times * counts).sum())
     launch_seconds = host_seconds(call, coefficients, recipe, kernels, fused)
     seconds = max(kernel_seconds, launch_seconds)
-    moving = np.maximum(memory - compute, 0.0).sum() + serial.sum()
+    moving = ((np.maximum(memory - compute, 0.0) + serial) * counts).sum()
     bound: Bound = "memory" if moving > 0.5 * kernel_seconds else "compute"
     return CallTime(seconds, kernel_seconds, launch_seconds, kernels, "launch" if launch_seconds > kernel_seconds else bound, measured)
 

@@ -9,11 +9,12 @@ from typing import Protocol
 import numpy as np
 
 from planner.cost.coefficients import Coefficients
+from planner.cost.condense import condensed
 from planner.cost.kernels import CallTime, call_time
 from planner.cost.residency import Residency, component_bytes, residency
 from planner.cost.transfer import transfer_seconds
 from planner.cost.workspace import operator_bytes
-from planner.dryrun.trace import CallTrace, Ints, Kind, PipelineTrace, VaeMode
+from planner.dryrun.trace import DTYPE_CODES, CallTrace, Ints, Kind, PipelineTrace, VaeMode
 from planner.facts import PipelineFacts
 from planner.recipe import Attention, Fusion, Recipe
 from planner.types import Device
@@ -134,9 +135,10 @@ class Local:
                       autotuned=self.autotuned, tf32=self.tf32, fused_qkv=self.fused_qkv, cudnn_benchmark=self.cudnn_benchmark,
                       chunked_forward=self.chunked_forward)  # fmt: skip
 
-    def for_time(self) -> Local:
-        """The same without what changes memory only."""
-        return replace(self, cudnn_benchmark=False, chunked_forward=False)
+    def for_time(self, single: bool) -> Local:
+        """What of it changes time: how a graph was compiled does not, nor TF32 without ``single``-precision operations."""
+        return replace(self, fusion="whole" if self.fused else "none", autotuned=False, tf32=self.tf32 and single, fused_qkv=False,
+                       cudnn_benchmark=False, chunked_forward=False)  # fmt: skip
 
 
 def localized(recipe: Recipe, role: str, component: str) -> Local:
@@ -177,6 +179,7 @@ class CostModel:
     _times: dict[object, CallTime] = field(default_factory=dict)
     _roles: dict[str, str] = field(default_factory=dict)
     _residencies: dict[object, Residency] = field(default_factory=dict)
+    _slim: dict[int, tuple[CallTrace, Ints]] = field(default_factory=dict)
     _helds: dict[int, tuple[list[int], list[int], int]] = field(default_factory=dict)
 
     def trace_for(self, recipe: Recipe) -> PipelineTrace:
@@ -260,7 +263,8 @@ class CostModel:
         if not len(call):
             return CallCost(0, 0, 0, 0, time)
         live = np.minimum(call.fused_live_bytes, call.live_bytes) if local.fused else call.live_bytes
-        workspace = operator_bytes(call, self.device, recipe, None if local.fused else scheme)
+        slim, which = self._condensed(call)
+        workspace = operator_bytes(slim, self.device, recipe, None if local.fused else scheme)[which]
         if local.cudnn_benchmark and self.device.kind == "cuda":
             workspace = workspace + (call.kind == Kind.CONVOLUTION) * (call.read_bytes + call.write_bytes)
         moving = window if window is not None else np.zeros(len(call), dtype=np.int64)
@@ -272,10 +276,17 @@ class CostModel:
 
     def _time(self, call: CallTrace, local: Local, recipe: Recipe, scheme: str | None) -> CallTime:
         """Time depends on fewer knobs than memory does, and CUDA graphs change its launch part only."""
-        key = (id(call), local.for_time())
+        slim = self._condensed(call)[0]
+        key = (id(call), local.for_time(bool((slim.dtype == DTYPE_CODES["fp32"]).any())))
         known = self._times.get(key)
         if known is None:
-            known = self._times[key] = call_time(call, self.device, self.coefficients, recipe, scheme, self.probes, local.fused)
+            known = self._times[key] = call_time(slim, self.device, self.coefficients, recipe, scheme, self.probes, local.fused)
+        return known
+
+    def _condensed(self, call: CallTrace) -> tuple[CallTrace, Ints]:
+        known = self._slim.get(id(call))
+        if known is None:
+            known = self._slim[id(call)] = condensed(call)
         return known
 
     # -- sums over the pipeline -------------------------------------------------------------------------------------

@@ -168,7 +168,7 @@ class WindowPlan:
     def over(self, call: CallTrace, weight_bytes: int) -> tuple[Ints, int, int]:
         """Bytes on the device per operation, bytes loaded by one call and units moved by it."""
         scale = weight_bytes / self.total_bytes if self.total_bytes else 1.0
-        unit_of = np.array([self._unit(path) for path in call.modules], dtype=np.int64)[call.module] if len(call) else np.zeros(0, np.int64)
+        unit_of = self._units_of(call.modules)[call.module] if len(call) else np.zeros(0, np.int64)
         sizes = np.array([size for _, size in self.units] + [0], dtype=np.float64)
         order = _forward_fill(unit_of)
         window = np.where(order >= 0, sizes[order], 0.0)
@@ -179,11 +179,16 @@ class WindowPlan:
         loaded = self.always_bytes + sum(self.units[unit][1] for unit in used)
         return ((window + self.always_bytes) * scale).astype(np.int64), round(loaded * scale), len(used) + (1 if self.always_bytes else 0)
 
-    def _unit(self, path: str) -> int:
-        for index, (prefix, _) in enumerate(self.units):
-            if path == prefix or path.startswith(prefix + "."):
-                return index
-        return -1
+    def _units_of(self, paths: tuple[str, ...]) -> Ints:
+        """The innermost unit that each module path belongs to, or -1."""
+        places = {prefix: index for index, (prefix, _) in enumerate(self.units)}
+        out = np.full(len(paths), -1, dtype=np.int64)
+        for row, path in enumerate(paths):
+            prefix = path
+            while prefix not in places and "." in prefix:
+                prefix = prefix.rpartition(".")[0]
+            out[row] = places.get(prefix, -1)
+        return out
 
 
 def _forward_fill(units: Ints) -> Ints:

@@ -1,0 +1,284 @@
+"""The cost model as phases of a search: one phase per component, the pipeline's own code, and putting the plan in force.
+
+Each phase names the axes that can change its demand. A component's demand depends on the trace (dtype, share of the batch),
+on where weights are (offload, quantization), and on the part of a recipe that :func:`planner.cost.model.localized` lets
+through to it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from itertools import product
+
+from planner.cost.kernels import CallTime
+from planner.cost.model import CostModel, localized
+from planner.cost.residency import Residency
+from planner.cost.transfer import transfer_seconds
+from planner.dryrun.trace import PipelineTrace, VaeMode
+from planner.recipe import Recipe
+from planner.search import NOTHING, Assignment, Axis, Demand, Phase, Stock, Value
+
+TRACE = frozenset({"dtype", "calls"})
+PLACEMENT = frozenset({"offload", "offload_stream", "offload_blocks", "offload_disk", "resident", "weights", "only"})
+VAE = frozenset({"vae_slicing", "vae_tiling", "vae_tile_pixels"})
+SHARES = frozenset({"steps_factor", "denoiser_factor"})
+NEVER = CallTime(1e18, 1e18, 0.0, 0, "compute", 0.0)
+"""A computation so long that every copy hides behind it."""
+
+
+def nanoseconds(seconds: float) -> int:
+    """Whole nanoseconds: what the search adds up."""
+    return round(seconds * 1e9)
+
+
+def _at_most(seconds: float) -> int:
+    """Nanoseconds that no rounding of an exact sum can fall below."""
+    return max(int(seconds * 1e9 * (1 - 1e-12)) - 1, 0)
+
+
+@dataclass(slots=True)
+class Recipes:
+    """Recipes of assignments, and which axes change which of their fields."""
+
+    shape: Callable[[Assignment], Recipe]
+    axes: tuple[Axis, ...]
+    base: dict[str, Value]
+    """Every axis at its first value."""
+    changes: dict[str, frozenset[str]] = field(default_factory=dict)
+    _known: dict[object, Recipe] = field(default_factory=dict)
+    _plain: Recipe = field(init=False)
+    _effects: dict[tuple[str, Value], dict[str, object]] = field(default_factory=dict)
+    _apart: bool = False
+    """No two axes change one field, so effects can be put together in any order."""
+
+    def __post_init__(self) -> None:
+        plain = self.shape(self.base)
+        self._plain = plain
+        names = [item.name for item in fields(Recipe)]
+        for axis in self.axes:
+            changed: set[str] = set()
+            for value in axis.values[1:]:
+                other = self.shape(self.base | {axis.name: value})
+                effect = {name: getattr(other, name) for name in names if getattr(other, name) != getattr(plain, name)}
+                self._effects[axis.name, value] = effect
+                changed |= set(effect)
+            self.changes[axis.name] = frozenset(changed)
+        self._apart = sum(map(len, self.changes.values())) == len(frozenset().union(*self.changes.values()))
+
+    def of(self, names: tuple[str, ...], assignment: Assignment) -> Recipe:
+        """The recipe that has these axes as assigned and all others at their first value."""
+        key = (names, *(assignment[name] for name in names))
+        known = self._known.get(key)
+        if known is None:
+            known = self._known[key] = self._made({name: assignment[name] for name in names})
+        return known
+
+    def _made(self, chosen: dict[str, Value]) -> Recipe:
+        if not self._apart:
+            return self.shape(self.base | chosen)
+        effects: dict[str, object] = {}
+        for name, value in chosen.items():
+            effects.update(self._effects.get((name, value), {}))
+        return self._plain.but(**effects) if effects else self._plain
+
+    def changing(self, wanted: frozenset[str]) -> tuple[str, ...]:
+        """Axes that change any of these recipe fields."""
+        return tuple(axis.name for axis in self.axes if self.changes[axis.name] & wanted)
+
+    def reaching(self, role: str, component: str) -> tuple[str, ...]:
+        """Axes that change the part of a recipe which reaches one component."""
+        plain = localized(self.shape(self.base), role, component)
+        found = set()
+        for axis in self.axes:
+            for value in axis.values[1:]:
+                if localized(self.shape(self.base | {axis.name: value}), role, component) != plain:
+                    found.add(axis.name)
+        if role == "vae" and self.changing(frozenset({"fuse_vae"})):  # fusion reaches the VAE only together with it
+            found |= set(self.changing(frozenset({"fuse_vae", "fusion", "cuda_graphs", "autotuned"})))
+        return tuple(axis.name for axis in self.axes if axis.name in found)
+
+
+@dataclass(frozen=True, slots=True)
+class _Local:
+    """One way to run a component wherever its weights are: values of its local axes, and what they cost at least."""
+
+    values: tuple[Value, ...]
+    compute_seconds: float
+    setup_seconds: float
+
+
+@dataclass(slots=True)
+class Pricing:
+    """Builds the phases. ``modes``: every VAE mode of the space, so that each trace is made once."""
+
+    model: CostModel
+    recipes: Recipes
+    calls: int | None
+    modes: tuple[VaeMode, ...] = ()
+    _covered: set[object] = field(default_factory=set)
+    _trace_axes: tuple[str, ...] = field(init=False)
+    _placement_axes: tuple[str, ...] = field(init=False)
+    _locals: dict[object, list[_Local]] = field(default_factory=dict)
+    _bests: dict[object, _Local] = field(default_factory=dict)
+    _indices: dict[object, tuple[int, ...]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self._trace_axes = self.recipes.changing(TRACE)
+        self._placement_axes = self.recipes.changing(PLACEMENT)
+
+    def phases(self) -> tuple[Phase, ...]:
+        """One per component, ``pipeline`` for its own code, ``setting up`` for what happens before the first call."""
+        names = [part.name for part in self.model.traces.facts.components]
+        around = self._ordered({*self._trace_axes, *self._placement_axes, *self.recipes.changing(frozenset({"steps_factor"}))})
+        placing = self._ordered({*self._trace_axes, *self._placement_axes})
+        return (*(self._component_phase(name) for name in names), Phase("pipeline", around, self._around(around)),
+                Phase("setting up", placing, self._placing(placing), None, False))  # fmt: skip
+
+    def stock(self) -> Stock:
+        """Host memory for weights that wait there."""
+        axes = self._ordered({*self._trace_axes, *self._placement_axes})
+        return Stock(axes, lambda chosen: self._at(axes, chosen)[2].host_bytes)
+
+    def trace(self, recipe: Recipe) -> PipelineTrace:
+        """The trace that a recipe runs, with all VAE modes of the space in it."""
+        key = (recipe.dtype, recipe.calls)
+        if key not in self._covered:
+            self.model.traces.trace(recipe.dtype, self.model.batch_size // recipe.calls, self.modes)
+            self._covered.add(key)
+        return self.model.trace_for(recipe)
+
+    def _ordered(self, names: set[str]) -> tuple[str, ...]:
+        return tuple(axis.name for axis in self.recipes.axes if axis.name in names)
+
+    def _at(self, axes: tuple[str, ...], chosen: Assignment) -> tuple[Recipe, PipelineTrace, Residency]:
+        recipe = self.recipes.of(axes, chosen)
+        trace = self.trace(recipe)
+        return recipe, trace, self.model.residency(trace, recipe)
+
+    def _around(self, axes: tuple[str, ...]) -> Callable[[Assignment], Demand]:
+        def price(chosen: Assignment) -> Demand:
+            recipe, trace, placed = self._at(axes, chosen)
+            cost = self.model.around_cost(trace, recipe, placed)
+            seconds = recipe.calls * (cost.glue_seconds + cost.host_seconds)
+            return Demand(cost.glue_peak_bytes + cost.blas_bytes, nanoseconds(seconds))
+
+        return price
+
+    def _placing(self, axes: tuple[str, ...]) -> Callable[[Assignment], Demand]:
+        def price(chosen: Assignment) -> Demand:
+            recipe, trace, placed = self._at(axes, chosen)
+            cost = self.model.around_cost(trace, recipe, placed)
+            return Demand(cost.setup_peak_bytes, 0, nanoseconds(cost.setup_seconds))
+
+        return price
+
+    # -- one component ------------------------------------------------------------------------------------------------
+
+    def _component_phase(self, name: str) -> Phase:
+        role = self.model.role(name)
+        local = set(self.recipes.reaching(role, name))
+        if role == "vae":
+            local |= set(self.recipes.changing(VAE))
+        if role in ("denoiser", "controlnet"):
+            local |= set(self.recipes.changing(SHARES))
+        own = self._ordered(local)
+        axes = self._ordered({*local, *self._trace_axes, *self._placement_axes})
+        return Phase(name, axes, self._price(name, axes), self._floor(name, axes, own))
+
+    def _price(self, name: str, axes: tuple[str, ...]) -> Callable[[Assignment], Demand]:
+        model = self.model
+
+        def price(chosen: Assignment) -> Demand:
+            recipe, trace, placed = self._at(axes, chosen)
+            costs = [model.phase_cost(trace, index, recipe, placed) for index in self._calls_of(trace, name)]
+            if not costs:
+                return NOTHING
+            blas = model.coefficients.blas_workspace_bytes if model.device.kind == "cuda" else 0
+            setup = sum(model.compile_seconds(trace, cost.call, cost.cost.time, recipe) for cost in costs)
+            kept = max((max(cost.cost.activations_bytes + cost.cost.workspace_bytes, 1) for cost in costs if cost.in_graph), default=0)
+            seconds = recipe.calls * sum(cost.seconds for cost in costs)
+            return Demand(max(cost.peak_bytes for cost in costs) + blas, nanoseconds(seconds), nanoseconds(setup), kept)
+
+        return price
+
+    def _calls_of(self, trace: PipelineTrace, name: str) -> tuple[int, ...]:
+        key = (id(trace), name)
+        if key not in self._indices:
+            self._indices[key] = tuple(index for index, call in enumerate(trace.calls) if call.component == name)
+        return self._indices[key]
+
+    def _floor(self, name: str, axes: tuple[str, ...], own: tuple[str, ...]) -> Callable[[Assignment], Demand]:
+        """The cheapest local choice that is still open, what stays resident, and what must be copied."""
+        placement = {*self._trace_axes, *self._placement_axes}
+        weights = set(self.recipes.changing(frozenset({"weights", "only"})))
+
+        def floor(partial: Assignment) -> Demand:
+            if any(name not in partial for name in (*self._trace_axes, *weights)):
+                return NOTHING
+            here = tuple(axis for axis in axes if axis in partial)
+            recipe = self.recipes.of(here, partial)
+            trace = self.trace(recipe)
+            indices = self._calls_of(trace, name)
+            if not indices:
+                return NOTHING
+            local = self._cheapest(name, own, recipe, trace, indices, partial)
+            if any(axis not in partial for axis in placement):
+                return Demand(0, _at_most(recipe.calls * local.compute_seconds), _at_most(local.setup_seconds))
+            peak, copied = self._placed_floor(trace, indices, recipe)
+            return Demand(peak, _at_most(recipe.calls * (local.compute_seconds + copied)), _at_most(local.setup_seconds))
+
+        return floor
+
+    def _placed_floor(self, trace: PipelineTrace, indices: tuple[int, ...], recipe: Recipe) -> tuple[int, float]:
+        """Bytes that any choice of local axes needs, and seconds that copies add at least."""
+        model, placed = self.model, self.model.residency(trace, recipe)
+        counts, helds = model.held(trace)
+        peak, copied = 0, 0.0
+        for index in indices:
+            window = placed.window[index]
+            largest = int(window.max(initial=0)) if window is not None else 0
+            peak = max(peak, placed.resident_bytes[index] + helds[index] + largest)
+            copied += transfer_seconds(placed, index, counts[index], NEVER, model.device, model.coefficients, recipe)
+        return peak, copied
+
+    def _cheapest(self, name: str, own: tuple[str, ...], recipe: Recipe, trace: PipelineTrace, indices: tuple[int, ...],
+                  partial: Assignment) -> _Local:  # fmt: skip
+        """The local choice of least cost among those that agree with what is decided."""
+        key = (name, id(trace), *(partial[axis] for axis in own if axis in partial), *(axis for axis in own if axis in partial),
+               tuple(sorted(recipe.weights.items())), recipe.calls)  # fmt: skip
+        known = self._bests.get(key)
+        if known is None:
+            wanted = [(place, partial[axis]) for place, axis in enumerate(own) if axis in partial]
+            open_ = [each for each in self._all_locals(name, own, recipe, trace, indices, partial)
+                     if all(each.values[place] == value for place, value in wanted)]  # fmt: skip
+            known = self._bests[key] = min(open_, key=lambda each: self._weigh(each, recipe.calls))
+        return known
+
+    def _weigh(self, local: _Local, calls: int) -> float:
+        seconds = calls * local.compute_seconds
+        return seconds if self.calls is None else seconds * self.calls + local.setup_seconds
+
+    def _all_locals(self, name: str, own: tuple[str, ...], recipe: Recipe, trace: PipelineTrace, indices: tuple[int, ...],
+                    partial: Assignment) -> list[_Local]:  # fmt: skip
+        """Every choice of a component's local axes with its time; trace and weights are as decided."""
+        decided = {*self._trace_axes, *self.recipes.changing(frozenset({"weights", "only"}))}
+        given = tuple(partial[axis] for axis in own if axis in decided)
+        key = (name, id(trace), given, recipe.calls)
+        known = self._locals.get(key)
+        if known is None:
+            domains = {axis.name: axis.values for axis in self.recipes.axes}
+            choices = [(partial[axis],) if axis in decided else domains[axis] for axis in own]
+            known = self._locals[key] = [self._local(own, values, partial, trace, indices) for values in product(*choices)]
+        return known
+
+    def _local(self, own: tuple[str, ...], values: tuple[Value, ...], partial: Assignment, trace: PipelineTrace,
+               indices: tuple[int, ...]) -> _Local:  # fmt: skip
+        names = tuple(axis.name for axis in self.recipes.axes if axis.name in own or axis.name in self._trace_axes)
+        recipe = self.recipes.of(names, {**partial, **dict(zip(own, values, strict=True))})
+        compute = setup = 0.0
+        for index in indices:
+            time = self.model.call_seconds(trace, index, recipe)
+            compute += self.model.compute_seconds(trace, index, time, recipe)
+            setup += self.model.compile_seconds(trace, index, time, recipe)
+        return _Local(values, compute, setup)
