@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import statistics
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
@@ -28,6 +29,8 @@ _EACH_SECONDS = 0.15
 _COLD_BYTES = 64 << 20
 _MAX_COPIES = 8
 _TOLD_EVERY_SECONDS = 1.0
+_EVICTED_BYTES = 4 << 20
+"""Passed through between operations of the small model: more than the second-level cache of one core (1 to 2 MiB)."""
 
 
 def probe_operations(
@@ -167,7 +170,7 @@ def fresh_memory_rate(size_bytes: int) -> Rate:
     kept = torch.empty(size_bytes, dtype=torch.uint8)
     again = time_repetitions(lambda _: kept.fill_(1), torch.device("cpu"), 0.2)
     fresh = time_repetitions(lambda _: torch.empty(size_bytes, dtype=torch.uint8).fill_(1), torch.device("cpu"), 0.4)
-    usual = sorted(again)[len(again) // 2]
+    usual = _median(again)
     return _rate("fresh_memory", size_bytes, tuple(max(one - usual, 1e-9) for one in fresh))
 
 
@@ -187,18 +190,27 @@ def launch_rates(device: torch.device) -> list[Rate]:
     """What the host adds to each operation: a real, very small model is run, and its operations alone.
 
     ``launch``: host seconds per operation of the model, modules, views and Python included (on a GPU: without waiting for
-    it). ``python``: on a CPU the same less what the operations take when called one by one.
+    it). ``python``: on a CPU the same less what the operations take when called one by one, with code and data out of the
+    cache as they are between the operations of a larger model.
     """
     model = TinyModel(device)
     operations, alone = model.operations()
     if device.type == "cuda":
-        timed = _host_seconds(model.run, device)
-        return [_rate("launch", operations, timed)]
-    timed = time_repetitions(lambda _: model.run(), device, 0.3)
-    usual = sorted(timed)[len(timed) // 2]
-    each = sum(sorted(one)[len(one) // 2] for one in (time_repetitions(run.run, device, 0.002) for run in alone))
-    share = max(usual - each, 1e-9) / usual
-    return [_rate("launch", operations, timed), _rate("python", operations, tuple(one * share for one in timed))]
+        return [_rate("launch", operations, _host_seconds(model.run, device))]
+    timed = time_repetitions(lambda _: model.run(), device, 0.2)
+    buffer = torch.ones(_EVICTED_BYTES // 4)
+    with torch.no_grad():
+        evictions = model.run_evicting(lambda: None)
+    emptied = time_repetitions(lambda _: model.run_evicting(lambda: buffer.add_(1)), device, 0.5)
+    hooked = time_repetitions(lambda _: [buffer.add_(1) for _ in range(evictions)], device, 0.5)
+    each = sum(_median(time_repetitions(run.run, device, 0.002)) for run in alone)
+    beside = _median(hooked) + each
+    python = tuple(max(one - beside, 1e-9) for one in emptied)
+    return [_rate("launch", operations, timed), _rate("python", operations, python)]
+
+
+def _median(values: tuple[float, ...]) -> float:
+    return statistics.median(values)
 
 
 def _host_seconds(run: Any, device: torch.device) -> tuple[float, ...]:

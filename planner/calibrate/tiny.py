@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -39,6 +40,24 @@ class TinyModel:
             tokens = transformer(tokens, encoder_hidden_states=self.text)
             image = tokens.transpose(1, 2).reshape(image.shape)
         return image
+
+    def run_evicting(self, evict: Callable[[], Any]) -> int:
+        """One forward with ``evict()`` before every module that has no children; how often that was."""
+        count = 0
+
+        def before(module: Any, args: Any) -> None:
+            nonlocal count
+            count += 1
+            evict()
+
+        leaves = [part for block in (*self.resnets, *self.transformers) for part in block.modules() if not any(part.children())]
+        hooks = [part.register_forward_pre_hook(before) for part in leaves]
+        try:
+            self.run()
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return count
 
     def operations(self) -> tuple[int, list[Runnable]]:
         """How many operations a forward has, as a trace counts them, and each of them alone."""
