@@ -7,7 +7,8 @@ from typing import Any
 
 from planner.errors import UsageError
 
-COUNTS = ("num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_per_prompt", "num_audios_per_prompt", "batch_size")
+BATCH_ARGUMENTS = ("num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_per_prompt", "num_audios_per_prompt", "batch_size")
+"""Call arguments that multiply the batch, under all the names that diffusers has for them."""
 
 
 def share(inputs: Mapping[str, Any], parts: int) -> list[dict[str, Any]]:
@@ -20,7 +21,7 @@ def share(inputs: Mapping[str, Any], parts: int) -> list[dict[str, Any]]:
     """
     if parts == 1:
         return [dict(inputs)]
-    for name in COUNTS:
+    for name in BATCH_ARGUMENTS:
         count = inputs.get(name)
         if isinstance(count, int) and count >= parts and count % parts == 0:
             generators = inputs.get("generator")
@@ -39,7 +40,7 @@ def _batch_length(inputs: Mapping[str, Any]) -> int | None:
     if isinstance(prompt, list | tuple):
         return len(prompt)
     embeds = inputs.get("prompt_embeds")
-    return int(embeds.shape[0]) if embeds is not None and getattr(embeds, "ndim", 0) else None
+    return int(embeds.shape[0]) if embeds is not None and getattr(embeds, "ndim", 0) > 0 else None
 
 
 def _cut(inputs: Mapping[str, Any], length: int, parts: int, names: tuple[str, ...]) -> list[dict[str, Any]]:

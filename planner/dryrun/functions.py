@@ -15,7 +15,7 @@ _ATTENTION = torch.nn.functional.scaled_dot_product_attention
 _READS = {torch.Tensor.numpy, torch.Tensor.tolist, torch.Tensor.__array__, torch.Tensor.item}
 
 
-class Functions(TorchFunctionMode):
+class Functions(TorchFunctionMode):  # type: ignore[misc]
     """Keeps ``scaled_dot_product_attention`` whole and answers moves to the host and reads of ``meta`` tensors."""
 
     def __init__(self, recorder: Recorder) -> None:

@@ -6,10 +6,10 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
+from planner.batching import BATCH_ARGUMENTS
 from planner.errors import UnsupportedPipeline, UsageError
 from planner.types import Workload
 
-BATCH_ARGUMENTS = ("num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_per_prompt", "num_audios_per_prompt", "batch_size")
 PROMPT = "a photograph of an astronaut riding a horse"
 _SIZES = ("height", "width", "num_frames", "num_inference_steps", "guidance_scale")
 _IMAGES = ("image", "mask_image", "control_image", "init_image", "source_image", "conditioning_image", "original_image", "input_image",
@@ -121,8 +121,9 @@ def _picture_size(pipe: Any, workload: Workload) -> tuple[int, int]:
 def _default_side(pipe: Any) -> tuple[int, int]:
     parameters = call_parameters(pipe)
     defaults = [parameters[name].default if name in parameters else None for name in ("width", "height")]
-    if all(isinstance(value, int) for value in defaults):
-        return defaults[0], defaults[1]
+    width, height = defaults
+    if isinstance(width, int) and isinstance(height, int):
+        return width, height
     sample = getattr(pipe, "default_sample_size", None)
     if sample is None:
         denoiser = getattr(pipe, "unet", None) or getattr(pipe, "transformer", None)

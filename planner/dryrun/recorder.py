@@ -100,7 +100,7 @@ class Glue(Frame):
         self.live_bytes -= uid
 
 
-class Recorder(TorchDispatchMode):
+class Recorder(TorchDispatchMode):  # type: ignore[misc]
     """Runs operations on ``meta`` or CPU as the hybrid rule says and writes them into the current frame."""
 
     def __init__(self) -> None:
@@ -136,12 +136,12 @@ class Recorder(TorchDispatchMode):
 
     def _watch(self, storage: Any, table: dict[int, _StorageRef]) -> _StorageRef:
         def released(ref: Any) -> None:
-            if table.get(ref.key) is ref:
+            if ref.key in table and table[ref.key] is ref:
                 del table[ref.key]
             if table is self._storages:
                 ref.frame.free(ref.uid)
 
-        ref = _StorageRef(storage, released)
+        ref: _StorageRef = _StorageRef(storage, released)
         ref.key, ref.frame = storage._cdata, self.frame
         table[ref.key] = ref
         return ref

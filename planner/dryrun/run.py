@@ -20,6 +20,10 @@ from planner.types import Workload
 logger = logging.getLogger(__name__)
 
 
+_ATTEMPTS = [(False, False), (True, False), (False, True), (True, True)]
+"""Ways to get through a call: with stand-in pictures for optional images, with every component call executed."""
+
+
 @dataclass(slots=True)
 class DryRun:
     """Traces of one pipeline for one workload, made when asked for and kept."""
@@ -28,7 +32,7 @@ class DryRun:
     workload: Workload
     inputs: Mapping[str, Any] = field(default_factory=dict)
     _sessions: dict[tuple[str | None, int], tuple[Session, PipelineTrace]] = field(default_factory=dict)
-    _with_images: bool = False
+    _how: tuple[bool, bool] | None = None
 
     def __post_init__(self) -> None:
         self.workload = complete_workload(self.pipe, self.workload, self.inputs)
@@ -59,10 +63,10 @@ class DryRun:
     def _run(self, dtype: str | None, batch: int) -> tuple[Session, PipelineTrace]:
         workload = self.workload.model_copy(update={"batch_size": batch})
         inputs = _split_inputs(self.inputs, self.workload.batch_size // batch if batch else 1)
-        attempts = [self._with_images] if self._with_images else [False, True]
+        attempts = [self._how] if self._how else _ATTEMPTS
         failure: Exception | None = None
-        for with_images in attempts:
-            session = Session.of(self.pipe)
+        for with_images, again in attempts:
+            session = Session.of(self.pipe, again)
             if dtype is not None:
                 cast_meta(session, dtype)
             try:
@@ -75,8 +79,8 @@ class DryRun:
                 failure = failure or error
                 logger.debug("dry run failed", exc_info=True)
                 continue
-            self._with_images = with_images
-            return session, replace(trace, batch_size=batch, dtype=dtype or _dtype_of(session.pipe), notes=_notes(with_images))
+            self._how = with_images, again
+            return session, replace(trace, batch_size=batch, dtype=dtype or _dtype_of(session.pipe), notes=_notes(with_images, again))
         assert failure is not None
         name = type(self.pipe).__name__
         raise UnsupportedPipeline(
@@ -93,8 +97,11 @@ def _add_variant(session: Session, trace: PipelineTrace, call: int, module: Any,
         trace.refused[call, mode.text] = f"{type(error).__name__}: {_first_line(error)}"
 
 
-def _notes(with_images: bool) -> tuple[str, ...]:
-    return ("image arguments were filled with stand-in pictures of the default size",) if with_images else ()
+def _notes(with_images: bool, again: bool) -> tuple[str, ...]:
+    found = ["image arguments were filled with stand-in pictures of the default size"] if with_images else []
+    if again:
+        found.append("a component keeps state between calls: every call was executed, not only the first of its kind")
+    return tuple(found)
 
 
 def cast_meta(session: Session, dtype: str) -> None:

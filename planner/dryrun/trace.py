@@ -99,9 +99,10 @@ class CallTrace:
 
     def __getattr__(self, name: str) -> NDArray[Any]:
         try:
-            return self.__dict__["columns"][name]
+            column: NDArray[Any] = self.__dict__["columns"][name]
         except KeyError:
             raise AttributeError(name) from None
+        return column
 
     def __len__(self) -> int:
         return len(self.columns["kind"])
@@ -109,7 +110,8 @@ class CallTrace:
     @cached_property
     def dims(self) -> Ints:
         """Shape ``(operations, 8)``."""
-        return np.stack([self.columns[f"d{i}"] for i in range(8)], axis=1)
+        table: Ints = np.stack([self.columns[f"d{i}"] for i in range(8)], axis=1)
+        return table
 
     @cached_property
     def total_flops(self) -> float:

@@ -87,8 +87,8 @@ def _skip(value: Any, memo: dict[int, Any]) -> None:
 
 
 def _is_of_the_model(hook: Any) -> bool:
-    """Hooks that are part of how a module computes, such as ``torch.nn.utils.weight_norm``'s."""
-    return type(hook).__module__.startswith("torch.nn.utils.")
+    """Hooks that are part of how a module computes: ``weight_norm``'s, and those by which transformers collects outputs."""
+    return str(getattr(hook, "__module__", "")).startswith(("torch.nn.utils.", "transformers.utils."))
 
 
 def _skip_foreign_forward(part: nn.Module, memo: dict[int, Any]) -> None:

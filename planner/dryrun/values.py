@@ -104,7 +104,7 @@ def _mask_value(tensor: torch.Tensor) -> bytes | None:
         return None
     if tensor.dtype is not torch.bool and int(tensor.max()) > 1:
         return None
-    return tensor.detach().to(torch.uint8).numpy().tobytes()
+    return bytes(tensor.detach().to(torch.uint8).numpy().tobytes())
 
 
 def private_inputs(inputs: Mapping[str, Any]) -> dict[str, Any]:
