@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from planner.facts import PipelineFacts
     from planner.plan import Plan
 
+_MODULES = ("diffusers", "diffusers.hooks", "diffusers.models.attention_processor", "torch", "torchao.quantization")
+"""What the statements may name, in the order of their imports."""
 _SIZES = ("height", "width", "num_frames", "num_inference_steps", "guidance_scale")
 
 
@@ -79,7 +81,7 @@ def _head(plan: Plan) -> list[str]:
 def _imports(statements: Iterable[str]) -> list[str]:
     """What the statements name, and nothing else."""
     text = "\n".join(statements)
-    found = [f"import {name}" for name in ("diffusers", "torch") if f"{name}." in text]
+    found = [f"import {module}" for module in _MODULES if f"{module}." in text]
     return ["", *found, ""] if found else [""]
 
 

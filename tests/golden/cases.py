@@ -40,8 +40,8 @@ def alternative(settings: dict[str, Any], peak: float, seconds: float) -> Altern
 
 
 CARD = Device(
-    name="NVIDIA GeForce RTX 3060", kind="cuda", architecture="Ampere", compute_capability=(8, 6), total_bytes=gib(12), budget_bytes=gib(11.2),
-    flops_per_second={"fp16": 51e12}, bandwidth_bytes_per_second=360e9, basis="datasheet",
+    name="NVIDIA GeForce RTX 3060", kind="cuda", architecture="Ampere", compute_capability=(8, 6),
+    total_bytes=gib(12), budget_bytes=gib(11.2), flops_per_second={"fp16": 51e12}, bandwidth_bytes_per_second=360e9, basis="datasheet",
     note="'RTX 3060' is taken as NVIDIA GeForce RTX 3060 (12 GiB), its commonest variant; others: NVIDIA GeForce RTX 3060 8GB.",
 )  # fmt: skip
 CPU = Device(
@@ -75,13 +75,15 @@ def offloaded() -> Plan:
             alternative({"batch_split": 2}, 10.9, 118.0),
         ),
         rejected=(
-            Rejection(settings={"offload": "none"}, kind="memory", reason="needs 12.9 GiB", count=38, shortfall_bytes=gib(1.7), phase="vae.decode"),
-            Rejection(settings={"compile": "max-autotune", "offload": "model"}, kind="rule", reason="CUDA graphs need weights in one place", count=4),
+            Rejection(settings={"offload": "none"}, kind="memory", reason="needs 12.9 GiB", count=38, shortfall_bytes=gib(1.7),
+                      phase="vae.decode"),
+            Rejection(settings={"compile": "max-autotune", "offload": "model"}, kind="rule", reason="CUDA graphs need weights in one place",
+                      count=4),
             Rejection(settings={"offload": "sequential"}, kind="dominated", reason="slower and no smaller", count=16),
         ),
         frontier=tuple(
-            FrontierPoint(peak_allocated_bytes=gib(peak), latency_seconds=seconds, settings=BASELINE | {"offload": offload}, fits=peak < 11.2)
-            for peak, seconds, offload in ((12.9, 109.0, "none"), (9.2, 112.0, "model"), (4.0, 240.0, "sequential"))
+            FrontierPoint(peak_allocated_bytes=gib(peak), latency_seconds=time, settings=BASELINE | {"offload": offload}, fits=peak < 11.2)
+            for peak, time, offload in ((12.9, 109.0, "none"), (9.2, 112.0, "model"), (4.0, 240.0, "sequential"))
         ),
         binding="memory: with 1.70 GiB more in vae.decode, the weights could stay on the device",
         what_if=WhatIf(extra_bytes=gib(1.7), settings=BASELINE | {"vae_slicing": True}, speedup=1.03),
@@ -103,11 +105,14 @@ def untouched() -> Plan:
 
 def crowded() -> Plan:
     """Many phases, long names, markup in names, several warnings, a split batch."""
-    phases = tuple(phase(f"component_{place:02}.forward_with_a_long_name", place + 1, place / 2 + 0.1, 1.0, place / 10, 0.0) for place in range(12))
+    name = "component_{:02}.forward_with_a_long_name"
+    phases = tuple(phase(name.format(place), place + 1, place / 2 + 0.1, 1.0, place / 10, 0.0) for place in range(12))
     long = "a warning that goes on for so long that no terminal shows it in one line, and so it has to be wrapped; run: planner doctor"
     return Plan(
-        model='<img src=x onerror="alert(1)">', pipeline_class="AnyPipeline", digest="f" * 64, device=CARD.model_copy(update={"note": None}),
-        workload=Workload(batch_size=6, height=512, width=768, num_frames=16, guidance_scale=3.5), objective="throughput",
+        model='<img src=x onerror="alert(1)">', pipeline_class="AnyPipeline", digest="f" * 64,
+        device=CARD.model_copy(update={"note": None}),
+        workload=Workload(batch_size=6, height=512, width=768, num_frames=16, guidance_scale=3.5),
+        objective="throughput",
         settings=BASELINE | {"batch_split": 3, "attention": "sliced"}, baseline=BASELINE, predicted=estimate(2.1, 39.0, phases),
         warnings=(long, "</script><b>another</b>"),
     )  # fmt: skip
