@@ -265,6 +265,10 @@ class Solver:
                 return rule, reason
         return None
 
+    def values(self, name: str) -> tuple[Value, ...]:
+        """Values of an axis, the one that leaves things as they are first."""
+        return self._axes[name].values
+
     def candidates(self) -> Iterator[dict[str, Value]]:
         """Every assignment on paper. For small problems."""
         names = [axis.name for axis in self.problem.axes]
