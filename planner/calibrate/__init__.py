@@ -194,10 +194,16 @@ def in_variant(probes: Mapping[str, float], call: CallTrace, variant: Variant) -
 def _occurrences(counted: Sequence[tuple[CallTrace, int]], variants: Sequence[Variant]) -> Counter[str]:
     counts: Counter[str] = Counter()
     for call, times in counted:
-        for text, each in zip(call.shapes, np.bincount(call.shape, minlength=len(call.shapes)).tolist(), strict=True):
+        for text, each in zip(call.shapes, _each(call), strict=True):
             for variant in variants:
                 counts[variant_signature(text, variant)] += each * times
     return counts
+
+
+def _each(call: CallTrace) -> list[int]:
+    """How often each distinct operation runs in one call; folded repetitions count."""
+    number = np.bincount(call.shape, weights=call.columns.get("times"), minlength=len(call.shapes))
+    return [int(value) for value in number]
 
 
 def with_host_share(seconds: Mapping[str, float], calls: Sequence[CallTrace], rates: Mapping[str, float],
@@ -210,8 +216,7 @@ def with_host_share(seconds: Mapping[str, float], calls: Sequence[CallTrace], ra
     fresh, occurrences = Counter[str](), Counter[str]()
     for call in calls:
         each = np.bincount(call.shape, weights=fresh_bytes(call, kept), minlength=len(call.shapes))
-        number = np.bincount(call.shape, minlength=len(call.shapes))
-        for text, size, count in zip(call.shapes, each.tolist(), number.tolist(), strict=True):
+        for text, size, count in zip(call.shapes, each.tolist(), _each(call), strict=True):
             for key in {variant_signature(text, variant) for variant in variants}:
                 fresh[key] += size
                 occurrences[key] += count

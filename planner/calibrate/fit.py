@@ -143,18 +143,26 @@ def _calls(measured: Sequence[tuple[Operation, float]]) -> tuple[tuple[CallTrace
 
 def call_of(operations: Sequence[Operation]) -> CallTrace:
     """The operations as if one component call had made them."""
-    rows = [_row(operation, index) for index, operation in enumerate(operations)]
-    return CallTrace("probe", "forward", columns_from_rows(rows), ("",), tuple(operation.text for operation in operations), 0, 0)
+    columns = {name: np.zeros(len(operations), dtype=empty.dtype) for name, empty in columns_from_rows([]).items()}
+    for index, operation in enumerate(operations):
+        row = _row(operation)
+        for name in columns.keys() & row.keys():
+            columns[name][index] = row[name]
+        columns["shape"][index] = index
+    return CallTrace("probe", "forward", columns, ("",), tuple(operation.text for operation in operations), 0, 0)
 
 
-def _row(operation: Operation, index: int) -> tuple[float, ...]:
+def _row(operation: Operation) -> dict[str, float]:
+    """Columns of :class:`CallTrace`; what is not named here is zero."""
     kind, specs = _KIND[operation.base], operation.tensors()
     read = sum(spec.storage_bytes for spec in specs)
     write = _output_elements(operation) * ITEM_BYTES[operation.dtype]
     if operation.base == "copy_":
         read -= specs[0].storage_bytes
-    work = (int(kind), DTYPE_CODES[operation.dtype], flops_of(operation), read, write, weight_bytes(operation))
-    return (*work, 0, 0, read, write, 0, 1, 0, index, *_dims(operation, kind))
+    named = {"kind": int(kind), "dtype": DTYPE_CODES[operation.dtype], "flops": flops_of(operation), "read_bytes": read,
+             "write_bytes": write, "param_bytes": weight_bytes(operation), "fused_read_bytes": read, "fused_write_bytes": write,
+             "fused_head": 1, "times": 1}  # fmt: skip
+    return named | {f"d{place}": value for place, value in enumerate(_dims(operation, kind))}
 
 
 def _output_elements(operation: Operation) -> int:
