@@ -9,12 +9,13 @@ from hypothesis import strategies as st
 
 from planner.cost.coefficients import default_coefficients
 from planner.cost.model import CostModel
-from planner.dryrun.trace import CallTrace, Event, Kind, PipelineTrace, VaeMode, columns_from_rows
+from planner.dryrun.trace import CallTrace, Event, Kind, PipelineTrace, VaeMode
 from planner.facts import ComponentFacts, Leaf, PipelineFacts
 from planner.knobs import Context
 from planner.types import DTYPE_BYTES, Device, Workload
 
 MIB = 1 << 20
+DIMS = tuple(f"d{place}" for place in range(8))
 DTYPE_PLACES = {"fp32": 0, "fp16": 1, "bf16": 2}
 
 
@@ -36,11 +37,14 @@ def call_trace(part: Part, dtype: str, batch: int, scale: float = 1.0) -> CallTr
     width = int(part.width_mib * MIB * batch * size / 2 * scale)
     weights = int(part.weight_mib * MIB * size / 2)
     flops = 2.0 * weights / size * batch * 256 * scale
-    row = (int(Kind.MATMUL), DTYPE_PLACES[dtype], flops, width + weights, width, weights, 2 * width, width)
-    fused = (width + weights, width, 2 * width, 1)
-    rows = [(*row, *fused, layer, 0, 1, 256 * batch, 1024, 1024, 0, 0, 0, 0) for layer in range(part.layers)]
+    same = {"kind": int(Kind.MATMUL), "dtype": DTYPE_PLACES[dtype], "read_bytes": width + weights, "write_bytes": width,
+            "param_bytes": weights, "live_bytes": 2 * width, "new_bytes": width, "fused_read_bytes": width + weights,
+            "fused_write_bytes": width, "fused_live_bytes": 2 * width, "fused_head": 1, "shape": 0, "times": 1,
+            **dict(zip(DIMS, (1, 256 * batch, 1024, 1024, 0, 0, 0, 0), strict=True))}  # fmt: skip
+    columns = {name: np.full(part.layers, value, dtype=np.int64) for name, value in same.items()}
+    columns |= {"flops": np.full(part.layers, flops), "module": np.arange(part.layers)}
     modules = tuple(f"blocks.{layer}" for layer in range(part.layers))
-    return CallTrace(part.name, "forward", columns_from_rows(rows), modules, ("mm",), width, width)
+    return CallTrace(part.name, "forward", columns, modules, ("mm",), width, width)
 
 
 def pipeline_trace(parts: tuple[Part, ...], dtype: str, batch: int, modes: tuple[VaeMode, ...] = ()) -> PipelineTrace:
@@ -154,4 +158,4 @@ def pipelines(draw: st.DrawFn) -> tuple[Part, ...]:
     return tuple(part for part, wanted in ((text, draw(st.booleans())), (unet, True), (vae, draw(st.booleans()))) if wanted)
 
 
-__all__ = ["MIB", "SMALL", "FixedTraces", "Part", "call_trace", "device", "facts", "np", "pipeline_trace", "pipelines", "world"]
+__all__ = ["MIB", "SMALL", "FixedTraces", "Part", "call_trace", "device", "facts", "pipeline_trace", "pipelines", "world"]
