@@ -54,7 +54,7 @@ def _described(error: Exception) -> tuple[str, int]:
     if isinstance(error, PlannerError):
         return str(error), error.exit_code
     if hasattr(error, "format_message"):  # typer's own: an unknown option, a missing argument
-        return f"{error.format_message()} `planner --help` shows the commands and options.", EXIT_USAGE
+        return f"{error.format_message().rstrip('.')}. `planner --help` shows the commands and options.", EXIT_USAGE
     if type(error).__name__ == "Abort":
         return "interrupted", 130
     kind = type(error).__name__
