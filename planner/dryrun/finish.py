@@ -22,8 +22,20 @@ def finish(frame: Frame, component: str, method: str, input_bytes: int, output_b
     spans = list(zip(frame.born, ends, frame.bytes, strict=True))
     _fill_live(frame, _LIVE, spans)
     _fuse(frame)
-    return CallTrace(component, method, columns_from_rows([tuple(row) for row in frame.rows]), tuple(frame.modules), tuple(frame.shapes),
+    columns = columns_from_rows([tuple(row) for row in frame.rows], _unfold(frame))
+    return CallTrace(component, method, columns, tuple(frame.modules), tuple(frame.shapes),
                      output_bytes, input_bytes, tuple(sorted(frame.fallbacks)), np.array(spans, dtype=np.int64).reshape(-1, 3))  # fmt: skip
+
+
+def _unfold(frame: Frame) -> list[int]:
+    """How often each row ran; rows of repeated work also carry what the repetitions before the last had piled up."""
+    times = [1] * len(frame.rows)
+    for fold in frame.folds.values():
+        for index in range(fold.start, fold.end):
+            times[index] *= fold.times
+            frame.rows[index][_LIVE] += fold.extra_bytes
+            frame.rows[index][_FUSED_LIVE] += fold.extra_bytes
+    return times
 
 
 def _fill_live(frame: Frame, column: int, spans: list[Span]) -> None:

@@ -12,6 +12,8 @@ from planner.dryrun.recorder import Recorder
 from planner.dryrun.tensors import FLOATING
 
 _ATTENTION = torch.nn.functional.scaled_dot_product_attention
+_FROM_DATA = {torch.tensor, torch.as_tensor, torch.asarray}
+"""Made of Python numbers: sizes and grids that the code reads back, so their values are kept."""
 _READS = {torch.Tensor.numpy, torch.Tensor.tolist, torch.Tensor.__array__, torch.Tensor.item}
 
 
@@ -28,6 +30,8 @@ class Functions(TorchFunctionMode):  # type: ignore[misc]
             return self.attention(func, args, kwargs)
         if func is torch.Tensor.cpu and not self.recorder.inside:
             return self._cpu(func, args, kwargs)
+        if func in _FROM_DATA and kwargs.get("device") is not None and torch.device(kwargs["device"]).type == "meta":
+            return func(*args, **{**kwargs, "device": "cpu"})
         if func in _READS and args[0].device.type == "meta":
             return self._read(func, args, kwargs)
         return func(*args, **kwargs)

@@ -8,12 +8,14 @@ a ``meta`` tensor is lifted to ``meta``. An operation that has no ``meta`` kerne
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from planner.dryrun import operations
+from planner.dryrun.patches import no_modes
 from planner.dryrun.tensors import (
     CPU,
     FLOATING,
@@ -31,6 +33,7 @@ from planner.dryrun.tensors import (
     written,
 )
 from planner.dryrun.trace import Kind
+from planner.dryrun.values import convert
 
 ROUND_BYTES = 512
 """The CUDA caching allocator rounds small blocks to this (``kMinBlockSize`` in c10/cuda/CUDACachingAllocator)."""
@@ -65,6 +68,7 @@ class Frame:
         self.fallbacks: set[str] = set()
         self.shapes: dict[str, int] = {}
         self.modules: dict[str, int] = {"": 0}
+        self.folds: dict[Any, Fold] = {}
         self.open = True
 
     def allocate(self, size: int) -> int:
@@ -81,6 +85,32 @@ class Frame:
         if self.open:
             self.died[uid] = len(self.rows)
             self.live_bytes -= self.bytes[uid]
+
+
+class Fold:
+    """Work that a call repeats on equal shapes, such as one tile of many: rows written once, counted ``times``."""
+
+    __slots__ = ("argument", "end", "extra_bytes", "live_bytes", "result", "start", "times")
+    result: Any
+    """What it returned, for its shapes: on ``meta``, counted nowhere."""
+
+    def __init__(self, start: int, live_bytes: int) -> None:
+        self.start, self.live_bytes = start, live_bytes
+        self.end, self.times, self.extra_bytes = start, 1, 0
+        self.result = None
+        self.argument: int | None = None
+        """Place of the argument that it returns, changed in place."""
+
+    def answer(self, own: Callable[[torch.Tensor], Any]) -> Any:
+        """A result like the first one, its tensors fresh and counted."""
+
+        def fresh(tensor: torch.Tensor) -> torch.Tensor:
+            made = _shape_only(tensor)
+            own(made)
+            return made
+
+        with no_modes():
+            return convert(self.result, fresh, {})
 
 
 class Glue(Frame):
@@ -109,6 +139,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[misc]
         self.frame: Frame = self.glue
         self.paths: list[str] = []
         self.to_host_bytes = 0
+        self.truth = False
+        """How a condition on computed values is answered: zeros say False, the code's own assertions want True."""
         self._storages: dict[int, _StorageRef] = {}
         self._host: dict[int, _StorageRef] = {}
         self._memo: dict[Any, tuple[list[Any], str, list[Any]]] = {}
@@ -240,6 +272,9 @@ class Recorder(TorchDispatchMode):  # type: ignore[misc]
         size = sum(t.numel() * t.element_size() for t in tensors if t.device.type == "meta")
         if size > _ZERO_FALLBACK_LIMIT_BYTES:
             raise RuntimeError(f"{func} has no meta kernel and its arguments ({size} bytes) are too large to try on zeros")
+        if self.truth and func._schema.name == "aten::_local_scalar_dense" and tensors[0].dtype is torch.bool:
+            self.frame.fallbacks.add("condition on computed values: taken as true")
+            return True
         self.frame.fallbacks.add(f"{func._schema.name[6:]}: {why}, run on zeros")
         table = {id(t): torch.zeros(t.shape, dtype=t.dtype) for t in tensors if t.device.type == "meta"}
         real_args, real_kwargs = swap(args, table), swap(kwargs, table)
@@ -248,6 +283,29 @@ class Recorder(TorchDispatchMode):  # type: ignore[misc]
         out = func(*real_args, **real_kwargs)
         self._note(func, args, kwargs, tensors, out)
         return out
+
+    # -- repeated work --------------------------------------------------------------------------------------------------
+
+    def fold(self, key: Any, call: Callable[[], Any], args: tuple[Any, ...] = ()) -> Any:
+        """Run ``call`` the first time a key is seen; after that only count it, and answer with a result of the same shape.
+
+        What has piled up in the meantime (earlier tiles' results) is added to the live bytes of the rows at the end.
+        """
+        frame = self.frame
+        known = frame.folds.get(key)
+        if known is not None:
+            known.times += 1
+            known.extra_bytes = max(known.extra_bytes, frame.live_bytes - known.live_bytes)
+            return args[known.argument] if known.argument is not None else known.answer(self.own)
+        fold = Fold(len(frame.rows), frame.live_bytes)
+        result = call()
+        if len(frame.rows) > fold.start:
+            fold.end = len(frame.rows)
+            fold.argument = next((place for place, item in enumerate(args) if item is result), None)
+            with no_modes():
+                fold.result = convert(result, _shape_only, {}) if fold.argument is None else None
+            frame.folds[key] = fold
+        return result
 
     # -- writing rows -----------------------------------------------------------------------------------------------
 
@@ -329,3 +387,7 @@ def _fresh(tensors: list[torch.Tensor], outs: list[torch.Tensor]) -> list[torch.
     """Results with a storage of their own: what an operation writes in place was there before."""
     given = {tensor.untyped_storage()._cdata for tensor in tensors}
     return [item for item in outs if item.untyped_storage()._cdata not in given]
+
+
+def _shape_only(tensor: torch.Tensor) -> torch.Tensor:
+    return torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=META)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -64,6 +65,8 @@ class Session:
     _storages: dict[Any, frozenset[int]] = field(default_factory=dict)
     _glue_seen: tuple[int, int] = (0, 0)
     _cast: set[str] = field(default_factory=set)
+    _folding: bool = False
+    """Count repeated work on equal shapes instead of tracing it again: tiles and slices of a VAE."""
 
     def __post_init__(self) -> None:
         self.functions = Functions(self.recorder)
@@ -102,11 +105,37 @@ class Session:
             if now != invocation.dtype:
                 owner.to(invocation.dtype)
             try:
-                _, trace = self._trace(invocation)
+                with self._folded(owner):
+                    _, trace = self._trace(invocation)
             finally:
                 if now != invocation.dtype:
                     owner.to(now)
         return trace
+
+    @contextlib.contextmanager
+    def _folded(self, owner: nn.Module) -> Iterator[None]:
+        """Count equal tiles and slices: calls of the component's children and of its own work on one slice."""
+        before = {name: vars(owner).get(name) for name in _SLICE_WORK if hasattr(type(owner), name)}
+        for name in before:
+            object.__setattr__(owner, name, self._folding_method(getattr(owner, name), (id(owner), name)))
+        self._folding = True
+        try:
+            yield
+        finally:
+            self._folding = False
+            for name, value in before.items():
+                if value is None:
+                    del owner.__dict__[name]
+                else:
+                    object.__setattr__(owner, name, value)
+
+    def _folding_method(self, method: Callable[..., Any], key: Any) -> Callable[..., Any]:
+        def folding(*args: Any, **kwargs: Any) -> Any:
+            if not self.recorder.inside or not _all_meta(args):
+                return method(*args, **kwargs)
+            return self.recorder.fold((key, signature((args, kwargs))), lambda: method(*args, **kwargs), args)
+
+        return folding
 
     @contextlib.contextmanager
     def _tracing(self) -> Iterator[None]:
@@ -130,6 +159,8 @@ class Session:
             return self.boundary(owner[0], owner[1], "forward", lambda *a, **k: call(module, *a, **k), args, kwargs)
         paths.append(owner[1] if owner else (paths[-1] if paths else ""))
         try:
+            if self._folding and owner is not None and "." not in owner[1] and not kwargs and _all_meta(args):
+                return self.recorder.fold((id(module), signature(args)), lambda: call(module, *args))
             return call(module, *args, **kwargs)
         finally:
             paths.pop()
@@ -173,7 +204,7 @@ class Session:
     def _trace(self, invocation: Invocation) -> tuple[Any, CallTrace]:
         """Hybrid first; where the component's code does not get through, for real on zeros if it is small."""
         try:
-            return self._record(invocation, invocation.args, invocation.kwargs)
+            return self._hybrid(invocation)
         except Exception as error:
             if isinstance(error, torch.OutOfMemoryError | MemoryError) or not self._can_run_for_real(invocation):
                 raise
@@ -186,6 +217,16 @@ class Session:
                 return self._record(invocation, args, kwargs, f"{invocation.component}: run on zeros on the CPU ({reason})")
             finally:
                 self._storages.clear()
+
+    def _hybrid(self, invocation: Invocation) -> tuple[Any, CallTrace]:
+        try:
+            return self._record(invocation, invocation.args, invocation.kwargs)
+        except AssertionError:
+            self.recorder.truth = True
+            try:
+                return self._record(invocation, invocation.args, invocation.kwargs)
+            finally:
+                self.recorder.truth = False
 
     def _can_run_for_real(self, invocation: Invocation) -> bool:
         module = self.modules.get(invocation.component)
@@ -224,9 +265,7 @@ class Session:
             storage = tensor.untyped_storage()
             base = bases.get((storage._cdata, tensor.dtype))
             if base is None:
-                elements = max(storage.nbytes() // tensor.element_size(), 1)
-                place = META if storage.nbytes() > GLUE_META_BYTES else "cpu"
-                base = bases[storage._cdata, tensor.dtype] = torch.zeros(elements, dtype=tensor.dtype, device=place)
+                base = bases[storage._cdata, tensor.dtype] = _lazy_zeros(storage.nbytes(), tensor.dtype)
                 self.recorder.own(base)
             return base.as_strided(tensor.shape, tensor.stride(), tensor.storage_offset())
 
@@ -309,3 +348,21 @@ def _real_zeros(module: nn.Module) -> Iterator[None]:
     finally:
         for table, name, value in saved:
             table[name] = value
+
+
+def _lazy_zeros(nbytes: int, dtype: torch.dtype) -> torch.Tensor:
+    """Zeros whose pages the system gives only when touched (``torch.zeros`` writes them all); very large ones on ``meta``."""
+    elements = max(nbytes // dtype.itemsize, 1)
+    if nbytes > GLUE_META_BYTES:
+        return torch.zeros(elements, dtype=dtype, device=META)
+    return torch.from_numpy(np.zeros(elements * dtype.itemsize, dtype=np.uint8)).view(dtype)
+
+
+_SLICE_WORK = ("_decode", "_encode", "blend_v", "blend_h", "blend_t")
+"""What a VAE calls for each slice of its batch and for each seam between tiles (diffusers ``AutoencoderMixin`` classes)."""
+
+
+def _all_meta(args: Any) -> bool:
+    """Plain tensors on ``meta``: nothing that a call could change or remember."""
+    tensors = [item for item in args if isinstance(item, torch.Tensor)]
+    return bool(tensors) and all(t.device.type == "meta" for t in tensors) and all(isinstance(item, torch.Tensor | int) for item in args)

@@ -42,7 +42,7 @@ DTYPE_CODES = {name: code for code, name in enumerate(DTYPES)}
 
 _COLUMNS = ("kind", "dtype", "flops", "read_bytes", "write_bytes", "param_bytes", "live_bytes", "new_bytes",
             "fused_read_bytes", "fused_write_bytes", "fused_live_bytes", "fused_head", "module", "shape",
-            "d0", "d1", "d2", "d3", "d4", "d5", "d6", "d7")  # fmt: skip
+            "d0", "d1", "d2", "d3", "d4", "d5", "d6", "d7", "times")  # fmt: skip
 _INTEGERS = tuple(name for name in _COLUMNS if name != "flops")
 _EVENT = ("call", "held_bytes", "glue_operations", "glue_bytes", "glue_peak_bytes", "weight_bytes")
 
@@ -83,6 +83,7 @@ class CallTrace:
     kernel remains. ``dims`` by kind: MATMUL (batch, m, n, k); CONVOLUTION (images, in channels, out elements per channel,
     out channels, kernel elements, groups, stride product, spatial rank); ATTENTION (batch, heads, queries, keys, head dim,
     value dim, mask bytes, key heads).
+    ``times``: how often the operation runs; more than once only where equal work was folded (tiles, slices of a VAE).
     ``module`` indexes ``modules`` (leaf paths); ``shape`` indexes ``shapes`` (distinct operation signatures, for probes).
     """
 
@@ -115,7 +116,7 @@ class CallTrace:
 
     @cached_property
     def total_flops(self) -> float:
-        return float(self.columns["flops"].sum())
+        return float((self.columns["flops"] * self.columns["times"]).sum())
 
     @cached_property
     def live_peak_bytes(self) -> int:
@@ -272,7 +273,9 @@ class _TraceHead(Frozen):
     modes: frozenset[str]
 
 
-def columns_from_rows(rows: list[tuple[Any, ...]]) -> dict[str, NDArray[Any]]:
-    """Column arrays from operation rows in the order of ``_COLUMNS``."""
-    table = list(zip(*rows, strict=True)) if rows else [()] * len(_COLUMNS)
-    return {name: np.array(values, dtype=np.float64 if name == "flops" else np.int64) for name, values in zip(_COLUMNS, table, strict=True)}
+def columns_from_rows(rows: list[tuple[Any, ...]], times: list[int] | None = None) -> dict[str, NDArray[Any]]:
+    """Column arrays from operation rows in the order of ``_COLUMNS``, ``times`` (default: once each) given apart."""
+    names = _COLUMNS[:-1]
+    table = list(zip(*rows, strict=True)) if rows else [()] * len(names)
+    columns = {name: np.array(values, dtype=np.float64 if name == "flops" else np.int64) for name, values in zip(names, table, strict=True)}
+    return columns | {"times": np.array(times if times is not None else [1] * len(rows), dtype=np.int64)}

@@ -36,13 +36,20 @@ def meta_twin(module: nn.Module) -> nn.Module:
             table = part.__dict__.get(name)
             memo |= {id(hook): None for hook in (table or {}).values() if not _is_of_the_model(hook)}
         _skip_foreign_forward(part, memo)
-    _share_what_resists(module, memo)
-    for part in [part for part in module.modules() if unwrap(part) is not part]:
-        memo[id(part)] = copy.deepcopy(unwrap(part), memo)
-    twin = copy.deepcopy(module, memo)
+    try:
+        twin = _deepcopy(module, dict(memo))
+    except Exception:
+        _share_what_resists(module, memo)
+        twin = _deepcopy(module, memo)
     for part in twin.modules():
         _strip_hooks(part)
     return twin.eval() if not module.training else twin
+
+
+def _deepcopy(module: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    for part in [part for part in module.modules() if unwrap(part) is not part]:
+        memo[id(part)] = copy.deepcopy(unwrap(part), memo)
+    return copy.deepcopy(module, memo)
 
 
 def stored_bytes(module: nn.Module) -> int:
