@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, fields
 from itertools import product
 
 from planner.cost.kernels import CallTime
-from planner.cost.model import CostModel, localized
+from planner.cost.model import TIMELESS, CostModel, localized
 from planner.cost.residency import Residency
 from planner.cost.transfer import transfer_seconds
 from planner.dryrun.trace import PipelineTrace, VaeMode
@@ -182,7 +182,7 @@ class Pricing:
             local |= set(self.recipes.changing(VAE))
         if role in ("denoiser", "controlnet"):
             local |= set(self.recipes.changing(SHARES))
-        own = self._ordered(local)
+        own = self._ordered({each for each in local if not self.recipes.changes[each] <= TIMELESS})
         axes = self._ordered({*local, *self._trace_axes, *self._placement_axes})
         return Phase(name, axes, self._price(name, axes), self._floor(name, axes, own))
 

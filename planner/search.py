@@ -280,7 +280,7 @@ class Solver:
         key = (goal, limits, frozenset(fixed.items()))
         if key not in self._answers:
             run = self._start(goal, limits, fixed)
-            self._walk(0, {}, tuple(self._floor(place, {}) for place in range(len(self._phases))), 0, run)
+            self._walk(0, {}, tuple(self._floor(place, {}) for place in range(len(self._phases))), 0, 0, run)
             if goal == "bytes" and run.best_bytes is not None:
                 self._answers[key] = self._answer("cost", Limits(run.best_bytes, limits.stock_bytes), fixed)
             else:
@@ -293,7 +293,7 @@ class Solver:
             domains[name] = tuple(pair for pair in domains[name] if pair[1] == value)
         return _Run(goal, limits, domains, frozenset(fixed.items()))
 
-    def _walk(self, depth: int, chosen: dict[str, Value], floors: tuple[Demand, ...], departures: int, run: _Run) -> None:
+    def _walk(self, depth: int, chosen: dict[str, Value], floors: tuple[Demand, ...], bound: int, departures: int, run: _Run) -> None:
         if depth == len(self.shared):
             self.visited += 1
             self._leaf(chosen, run)
@@ -302,19 +302,19 @@ class Solver:
         children = []
         for index, value in run.domains[name]:
             chosen[name] = value
-            if self._forbidden(depth, chosen, run):
+            if self._hopeless(bound, departures + (index > 0), run) or self._forbidden(depth, chosen, run):
                 continue
             renewed = list(floors)
             for place in self._touched[depth]:
                 renewed[place] = self._floor(place, chosen)
-            bound = self._bound(renewed, run)
-            if bound is not None:
-                children.append((bound, departures + (index > 0), index, value, tuple(renewed)))
-        for bound, left, _, value, renewed_floors in sorted(children, key=lambda child: child[:3]):
-            if self._hopeless(bound, left, run):
+            least = self._bound(renewed, run)
+            if least is not None:
+                children.append((least, departures + (index > 0), index, value, tuple(renewed)))
+        for least, left, _, value, renewed_floors in sorted(children, key=lambda child: child[:3]):
+            if self._hopeless(least, left, run):
                 break
             chosen[name] = value
-            self._walk(depth + 1, chosen, renewed_floors, left, run)
+            self._walk(depth + 1, chosen, renewed_floors, least, left, run)
         chosen.pop(name, None)
 
     def _forbidden(self, depth: int, chosen: dict[str, Value], run: _Run) -> bool:

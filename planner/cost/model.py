@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -109,6 +109,10 @@ class Cost:
         return self.calls * (sum(phase.seconds for phase in self.phases) + self.glue_seconds + self.host_seconds)
 
 
+TIMELESS = frozenset({"fused_qkv", "cudnn_benchmark", "chunked_forward"})
+"""Recipe fields that change memory but no predicted time: nothing measured tells how much they gain or cost."""
+
+
 @dataclass(frozen=True, slots=True)
 class Local:
     """What of a recipe one component's cost depends on; equal for all recipes that treat the component alike."""
@@ -137,8 +141,8 @@ class Local:
 
     def for_time(self, single: bool) -> Local:
         """What of it changes time: how a graph was compiled does not, nor TF32 without ``single``-precision operations."""
-        return replace(self, fusion="whole" if self.fused else "none", autotuned=False, tf32=self.tf32 and single, fused_qkv=False,
-                       cudnn_benchmark=False, chunked_forward=False)  # fmt: skip
+        timeless: dict[str, Any] = dict.fromkeys(TIMELESS, False)
+        return replace(self, fusion="whole" if self.fused else "none", autotuned=False, tf32=self.tf32 and single, **timeless)
 
 
 def localized(recipe: Recipe, role: str, component: str) -> Local:
