@@ -1,0 +1,1 @@
+"""Measurements of this project's promises. Not part of the installed package; run from a checkout."""
