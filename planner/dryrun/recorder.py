@@ -39,6 +39,7 @@ ROUND_BYTES = 512
 """The CUDA caching allocator rounds small blocks to this (``kMinBlockSize`` in c10/cuda/CUDACachingAllocator)."""
 GLUE_META_BYTES = 256 << 10
 """Component results above this stay on ``meta`` in the pipeline's own code, which then costs no arithmetic."""
+TABLE_ELEMENTS = 1 << 14
 _ZERO_FALLBACK_LIMIT_BYTES = 1 << 30
 _OVERWRITING = {"copy_", "fill_", "zero_", "normal_", "uniform_"}
 _INDEXING = {"index", "index_put_", "index_put", "_index_put_impl_"}
@@ -139,6 +140,8 @@ class Recorder(TorchDispatchMode):  # type: ignore[misc]
         self.frame: Frame = self.glue
         self.paths: list[str] = []
         self.to_host_bytes = 0
+        self.all_values = False
+        """A component runs for real: nothing is lifted to ``meta``."""
         self.truth = False
         """How a condition on computed values is answered: zeros say False, the code's own assertions want True."""
         self._storages: dict[int, _StorageRef] = {}
@@ -200,11 +203,19 @@ class Recorder(TorchDispatchMode):  # type: ignore[misc]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = self._placed(func, args, kwargs) if kwargs and kwargs.get("device") is not None else kwargs or {}
         tensors = tensors_in(args, kwargs)
-        if any(tensor.device.type == "meta" for tensor in tensors):
+        if any(tensor.device.type == "meta" for tensor in tensors) or self._is_table(func, kwargs, tensors):
             return self._run_meta(func, args, kwargs, tensors)
         out = func(*args, **kwargs)
         self._note(func, args, kwargs, tensors, out)
         return out
+
+    def _is_table(self, func: Any, kwargs: Any, tensors: list[torch.Tensor]) -> bool:
+        """Large real numbers made of values (position tables): from here on only their shape matters, arithmetic is saved."""
+        if not self.inside or self.all_values or not is_functional(func):
+            return False
+        if not any(tensor.numel() > TABLE_ELEMENTS for tensor in tensors):
+            return False
+        return kwargs.get("dtype") in FLOATING or any(tensor.dtype in FLOATING for tensor in tensors)
 
     def _placed(self, func: Any, args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
         """Where the result really goes: what has a value stays on the CPU, what is on ``meta`` stays there."""

@@ -212,10 +212,12 @@ class Session:
             logger.debug("%s runs on zeros", invocation.component, exc_info=True)
         with _real_zeros(self.modules[invocation.component]):
             self._storages.clear()
+            self.recorder.all_values = True
             try:
                 args, kwargs = convert(invocation.args, to_zeros, {}), convert(invocation.kwargs, to_zeros, {})
                 return self._record(invocation, args, kwargs, f"{invocation.component}: run on zeros on the CPU ({reason})")
             finally:
+                self.recorder.all_values = False
                 self._storages.clear()
 
     def _hybrid(self, invocation: Invocation) -> tuple[Any, CallTrace]:
