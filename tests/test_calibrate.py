@@ -24,7 +24,7 @@ from planner.calibrate import (
     with_host_share,
 )
 from planner.calibrate import probe as probing
-from planner.calibrate.fit import call_of, fit_coefficients, kernel_seconds
+from planner.calibrate.fit import call_of, fit_coefficients, parts_of
 from planner.calibrate.grid import cpu_peak_signatures, matmul_signature, pointwise_signature, probe_signatures
 from planner.calibrate.heap import fresh_bytes, trim_bytes
 from planner.calibrate.identity import thread_count
@@ -295,7 +295,7 @@ def synthetic_run(device: Device, number: int, noise: float, wild: bool = False)
     for index, text in enumerate(probe_signatures("cuda", ("fp16", "fp32"), False, 4 << 30)):
         operation = parse_signature(text)
         recipe = Recipe(channels_last=operation.variant == "channels_last")
-        exact = float(kernel_seconds(call_of([operation]), device, truth, recipe)[0])
+        exact = call_time(call_of([operation]), device, truth, recipe).kernel_seconds
         factor = 5.0 if wild and index % 10 == 3 else 1.0
         samples.append(Sample(signature=text, threads=1, repetitions=tuple(exact * factor * np.exp(noise * random.standard_normal(5)))))
     rates = (Rate(name="launch", units=100, repetitions=(3e-3,), threads=1),
@@ -355,15 +355,17 @@ def test_nothing_usable_is_an_error_that_says_what_to_do() -> None:
         fit_coefficients([run], gpu(), default_coefficients(gpu()))
 
 
-@pytest.mark.parametrize("recipe", [Recipe(), Recipe(channels_last=True)])
-def test_the_fit_times_operations_as_the_cost_model_does(recipe: Recipe) -> None:
-    device = gpu()
-    variant = "channels_last" if recipe.channels_last else ""
-    texts = probe_signatures("cuda", ("fp16", "fp32"), False, 4 << 30)
-    call = call_of([operation for text in texts if (operation := parse_signature(text)).variant == variant])
-    coefficients = default_coefficients(device)
-    expected = call_time(call, device, coefficients, recipe).kernel_seconds
-    assert float(kernel_seconds(call, device, coefficients, recipe).sum()) == pytest.approx(expected)
+@pytest.mark.parametrize(
+    "device", [gpu(), gpu(architecture="turing", compute_capability=(7, 5)), cpu_device()], ids=lambda device: device.name
+)
+def test_the_fit_times_operations_as_the_cost_model_does(device: Device) -> None:
+    coefficients = default_coefficients(device).model_copy(update=TRUTH)
+    operations = [parse_signature(text) for text in probe_signatures("cuda", ("fp16", "fp32"), False, 4 << 30)]
+    expected = [
+        call_time(call_of([operation]), device, coefficients, Recipe(channels_last=operation.variant == "channels_last")).kernel_seconds
+        for operation in operations
+    ]
+    assert parts_of(operations, device, default_coefficients(device)).seconds(TRUTH) == pytest.approx(np.array(expected), rel=1e-6)
 
 
 def test_a_call_made_of_signatures_is_the_one_a_trace_would_have() -> None:
@@ -407,6 +409,8 @@ def test_a_cpu_operation_costs_its_kernel_python_and_fresh_memory() -> None:
     assert expected.sum() == 0, "60 MB are kept of 30"
     found = with_host_share({"a": 1.0, "b": 2.0}, [call], {"python": 0.25, "fresh_memory": 1e-9})
     assert found == {"a": 1.25, "b": 2.25}
+    vanilla = with_host_share({"a @vanilla": 1.0}, [call], {"python": 0.25}, variants=("vanilla",))
+    assert vanilla == {"a @vanilla": 1.0 + 8 * 0.25}, "eight operations take the place of one"
 
 
 # -- façade ---------------------------------------------------------------------------------------------------------
@@ -428,12 +432,17 @@ def test_known_operations_are_not_timed_again_and_new_ones_are_kept(tmp_path: Pa
         asked.append(dict(shapes))
         return {text: sample_of(text, 0.5) for text in shapes}
 
+    rate = Rate(name="python", units=100, repetitions=(25.0,), threads=thread_count())
+    host = Run(id="host", date="2026-01-01", quick=True, complete=False, threads=thread_count(), rates=(rate,))
     monkeypatch.setattr(probing, "probe_operations", measured)
-    assert probe_missing([(call, 3)], device, empty, 9.0) == dict.fromkeys(call.shapes, 0.5)
+    monkeypatch.setattr(probing, "probe_host", lambda *rest: host)
+    assert probe_missing([(call, 3)], device, empty, 9.0) == dict.fromkeys(call.shapes, 0.75)
     assert asked == [{SILU: 3, call.shapes[1]: 6}]
     later = calibration_for(device, store=Store(tmp_path))
-    assert probe_missing([call], device, later, 9.0) == dict.fromkeys(call.shapes, 0.5)
-    assert probe_missing([call], device, later, 9.0, variants=("channels_last",))[variant_signature(SILU, "channels_last")] == 0.5
+    monkeypatch.delattr(probing, "probe_host")
+    assert later.coefficients.basis == default_coefficients(device).basis, "the host alone is no calibration of kernels"
+    assert probe_missing([call], device, later, 9.0) == dict.fromkeys(call.shapes, 0.75)
+    assert probe_missing([call], device, later, 9.0, variants=("channels_last",))[variant_signature(SILU, "channels_last")] == 0.75
     assert asked[1:] == [{variant_signature(SILU, "channels_last"): 1}]
 
 

@@ -111,7 +111,7 @@ def _from_contents(contents: Contents, device: Device, key: DeviceKey, store: St
         fit, notes = None, (*notes, str(error))
     if fit is None:
         return Calibration(default, samples, default.basis, notes or (_uncalibrated(contents, threads),), key, store, rates)
-    return Calibration(fit.coefficients, samples, "measured", notes, key, store, rates)
+    return Calibration(fit.coefficients, samples, fit.coefficients.basis, notes, key, store, rates)
 
 
 def _uncalibrated(contents: Contents, threads: int) -> str:
@@ -182,7 +182,23 @@ def probe_missing(traces_calls: Calls, device: Device, calibration: Calibration,
         if calibration.store is not None and calibration.key is not None:
             calibration.store.add_samples(calibration.key, new.values())
     seconds = {text: sample.seconds for text, sample in known.items() if sample.seconds is not None}
-    return with_host_share(seconds, [call for call, _ in counted], calibration.rates, variants) if device.kind == "cpu" else seconds
+    if device.kind != "cpu" or not seconds:
+        return seconds
+    rates = _host_rates(calibration, progress) if budget_seconds > 0 else calibration.rates
+    return with_host_share(seconds, [call for call, _ in counted], rates, variants)
+
+
+def _host_rates(calibration: Calibration, progress: Progress) -> Mapping[str, float]:
+    """What this CPU adds to each operation: as calibrated, else measured now (about two seconds) and kept."""
+    if "python" in calibration.rates:
+        return calibration.rates
+    from planner.calibrate.fit import rates_of
+    from planner.calibrate.probe import probe_host
+
+    run = probe_host("cpu", progress)
+    if calibration.store is not None and calibration.key is not None:
+        calibration.store.add_run(calibration.key, run)
+    return {**calibration.rates, **rates_of(run.rates)}
 
 
 def in_variant(probes: Mapping[str, float], call: CallTrace, variant: Variant) -> dict[str, float]:
@@ -206,6 +222,10 @@ def _each(call: CallTrace) -> list[int]:
     return [int(value) for value in number]
 
 
+_VANILLA_OPERATIONS = 8
+"""diffusers' ``AttnProcessor`` without SDPA: three splits into heads, empty, baddbmm, softmax, bmm, and the heads joined."""
+
+
 def with_host_share(seconds: Mapping[str, float], calls: Sequence[CallTrace], rates: Mapping[str, float],
                     variants: Sequence[Variant] = ("",)) -> dict[str, float]:  # fmt: skip
     """CPU seconds of operations within a model: alone, plus Python and modules, plus memory taken anew from the kernel."""
@@ -220,7 +240,10 @@ def with_host_share(seconds: Mapping[str, float], calls: Sequence[CallTrace], ra
             for key in {variant_signature(text, variant) for variant in variants}:
                 fresh[key] += size
                 occurrences[key] += count
-    return {text: value + python + fresh_rate * fresh[text] / max(occurrences[text], 1) for text, value in seconds.items()}
+    operations = {text: _VANILLA_OPERATIONS if text.endswith("@vanilla") else 1 for text in seconds}
+    return {
+        text: value + python * operations[text] + fresh_rate * fresh[text] / max(occurrences[text], 1) for text, value in seconds.items()
+    }
 
 
 def cpu_device_measured(device: Device | None = None, *, store: Store | None = None) -> Device:

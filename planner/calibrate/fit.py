@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from planner.calibrate.samples import Rate, Run, Sample
-from planner.calibrate.signature import ITEM_BYTES, Operation, TensorSpec, flops_of, parse_signature, weight_bytes
+from planner.calibrate.signature import ITEM_BYTES, Operation, flops_of, parse_signature, weight_bytes
 from planner.cost.coefficients import Coefficients
-from planner.cost.kernels import compute_seconds, direct_bytes, serial_bytes
+from planner.cost.kernels import call_time
 from planner.dryrun.trace import DTYPE_CODES, CallTrace, Floats, Kind, columns_from_rows
 from planner.recipe import Recipe
 from planner.types import Device
 
-_SHARES = ("matmul_share", "convolution_share", "attention_share", "bandwidth_share")
 _KIND = {"mm": Kind.MATMUL, "addmm": Kind.MATMUL, "bmm": Kind.MATMUL, "convolution": Kind.CONVOLUTION, "attention": Kind.ATTENTION,
          "add": Kind.POINTWISE, "copy_": Kind.COPY}  # fmt: skip
 _SHARE_OF = {Kind.MATMUL: "matmul_share", Kind.CONVOLUTION: "convolution_share", Kind.ATTENTION: "attention_share"}
@@ -60,7 +59,9 @@ def fit_coefficients(runs: Iterable[Run], device: Device, base: Coefficients) ->
     told = f"measured: runs {', '.join(run.id for run in chosen)[:300]}; n = {len(measured)}"
     told = f"{told}; median residual {100 * math.expm1(middle):.1f} %"
     sources = base.sources | dict.fromkeys(changes, told)
-    fitted = Coefficients.model_validate(base.model_dump() | changes | {"basis": "measured", "sources": sources})
+    fitted = Coefficients.model_validate(
+        base.model_dump() | changes | {"basis": "measured" if measured else base.basis, "sources": sources}
+    )
     return Fit(fitted, len(measured), middle)
 
 
@@ -91,30 +92,53 @@ def _medians(runs: Sequence[Run]) -> list[tuple[Operation, float]]:
 
 
 @dataclass(frozen=True, slots=True)
-class _Problem:
-    """Probes as the cost model sees operations: one call per memory format, one operation per probe."""
+class Parts:
+    """What the cost model makes of each probe, its coefficients taken out: seconds if every share were 1.
 
-    calls: tuple[tuple[CallTrace, Recipe, Floats], ...]
-    device: Device
-    base: Coefficients
-    names: tuple[str, ...]
+    Time is ``max(compute / share, moved / bandwidth_share) + serial / bandwidth_share + kernels x kernel_seconds``.
+    """
 
-    def coefficients(self, values: Floats) -> Coefficients:
-        named = dict(zip(self.names, np.exp(values).tolist(), strict=True))
-        return self.base.model_copy(update=named)
+    share: tuple[str, ...]
+    """Name of the coefficient that each probe's compute is divided by."""
+    compute: Floats
+    moved: Floats
+    serial: Floats
+    kernels: Floats
 
-    def residuals(self, values: Floats) -> Floats:
-        """ln(predicted / measured), probe by probe."""
-        tried = self.coefficients(values)
-        return np.concatenate([np.log(kernel_seconds(call, self.device, tried, recipe) / seconds) for call, recipe, seconds in self.calls])
+    def seconds(self, coefficients: Mapping[str, float]) -> Floats:
+        """Predicted seconds per probe."""
+        shares = np.array([coefficients[name] for name in self.share])
+        rate = coefficients["bandwidth_share"]
+        kernel = self.kernels * coefficients["kernel_seconds"]
+        return np.asarray(np.maximum(self.compute / shares, self.moved / rate) + self.serial / rate + kernel)
 
 
-def kernel_seconds(call: CallTrace, device: Device, coefficients: Coefficients, recipe: Recipe) -> Floats:
-    """Device time per operation as the cost model has it, without probes and fusion."""
-    compute = compute_seconds(call, device, coefficients, recipe, None)
-    rate = device.bandwidth_bytes_per_second * coefficients.bandwidth_share
-    memory, serial = direct_bytes(call, None, False) / rate, serial_bytes(call, device, recipe, None, False) / rate
-    return np.asarray(np.maximum(compute, memory) + serial + coefficients.kernel_seconds)
+def parts_of(operations: Sequence[Operation], device: Device, base: Coefficients) -> Parts:
+    """Take the cost model apart by asking it with extreme coefficients; only its public face is used."""
+    rows = np.array([_parts_of_one(operation, device, base) for operation in operations], dtype=np.float64).reshape(-1, 4)
+    shares = tuple(_SHARE_OF.get(_KIND[operation.base], "bandwidth_share") for operation in operations)
+    return Parts(shares, *(np.ascontiguousarray(rows[:, place]) for place in range(4)))
+
+
+_BOUNDLESS = 1e15
+"""A share so large that what it divides vanishes."""
+
+
+def _parts_of_one(operation: Operation, device: Device, base: Coefficients) -> tuple[float, float, float, float]:
+    call, recipe = call_of([operation]), Recipe(channels_last=operation.variant == "channels_last")
+
+    def seconds(share: float, bandwidth: float, kernel: float = 0.0) -> float:
+        tried = dict.fromkeys((*_SHARE_OF.values(), "cudnn_attention_share"), share)
+        tried |= {"bandwidth_share": bandwidth, "kernel_seconds": kernel}
+        return call_time(call, device, base.model_copy(update=tried), recipe).kernel_seconds
+
+    compute, moved = seconds(1.0, _BOUNDLESS), seconds(_BOUNDLESS, 1.0)
+    kernels = seconds(_BOUNDLESS, _BOUNDLESS, 1.0)
+    if compute < 1e-18:
+        return 0.0, moved, 0.0, kernels
+    # With ten times as much compute as traffic, what is above the compute must be serial.
+    serial = max(seconds(compute / (10 * moved), 1.0) - 10 * moved, 0.0)
+    return compute, moved - serial, serial, kernels
 
 
 def _fit_kernels(measured: Sequence[tuple[Operation, float]], device: Device, base: Coefficients) -> tuple[dict[str, float], Floats]:
@@ -122,23 +146,18 @@ def _fit_kernels(measured: Sequence[tuple[Operation, float]], device: Device, ba
 
     kinds = {_KIND[operation.base] for operation, _ in measured}
     names = (*(share for kind, share in _SHARE_OF.items() if kind in kinds), "bandwidth_share", "kernel_seconds")
-    problem = _Problem(_calls(measured), device, base, names)
+    parts = parts_of([operation for operation, _ in measured], device, base)
+    seen = np.log([seconds for _, seconds in measured])
+
+    def residuals(values: Floats) -> Floats:
+        return np.asarray(np.log(parts.seconds(dict(zip(names, np.exp(values).tolist(), strict=True)))) - seen)
+
     ranges = [_KERNEL_RANGE if name == "kernel_seconds" else _SHARE_RANGE for name in names]
     low, high = (np.log([limits[side] for limits in ranges]) for side in (0, 1))
     start = np.clip(np.log([max(getattr(base, name), 1e-9) for name in names]), low + 1e-6, high - 1e-6)
-    solved = least_squares(problem.residuals, start, bounds=(low, high), loss="soft_l1", f_scale=_SCALE, x_scale=1.0)
+    solved = least_squares(residuals, start, bounds=(low, high), loss="soft_l1", f_scale=_SCALE, x_scale=1.0)
     values = dict(zip(names, np.exp(solved.x).tolist(), strict=True))
-    return {name: float(f"{value:.4g}") for name, value in values.items()}, problem.residuals(solved.x)
-
-
-def _calls(measured: Sequence[tuple[Operation, float]]) -> tuple[tuple[CallTrace, Recipe, Floats], ...]:
-    out = []
-    for variant in ("", "channels_last"):
-        chosen = [(operation, seconds) for operation, seconds in measured if operation.variant == variant]
-        if chosen:
-            call = call_of([operation for operation, _ in chosen])
-            out.append((call, Recipe(channels_last=bool(variant)), np.array([seconds for _, seconds in chosen])))
-    return tuple(out)
+    return {name: float(f"{value:.4g}") for name, value in values.items()}, residuals(solved.x)
 
 
 def call_of(operations: Sequence[Operation]) -> CallTrace:
@@ -230,4 +249,4 @@ def rates_of(rates: Iterable[Rate]) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in found.items()}
 
 
-__all__ = ["Fit", "TensorSpec", "call_of", "fit_coefficients", "kernel_seconds", "rates_of"]
+__all__ = ["Fit", "Parts", "call_of", "fit_coefficients", "parts_of", "rates_of"]

@@ -12,11 +12,11 @@ from typing import Any
 import torch
 
 from planner.calibrate.grid import probe_signatures
-from planner.calibrate.rebuild import RandomTensors, Runnable, rebuild
+from planner.calibrate.rebuild import RandomTensors, rebuild
 from planner.calibrate.samples import Rate, RateName, Run, Sample
 from planner.calibrate.signature import Operation, cost_weight, parse_signature, weight_bytes
 from planner.calibrate.store import now
-from planner.calibrate.timing import host_clock, time_repetitions
+from planner.calibrate.timing import time_repetitions
 from planner.calibrate.tiny import TinyModel
 from planner.progress import Progress, silent
 
@@ -27,6 +27,7 @@ QUICK_SECONDS, DEFAULT_SECONDS = 8.0, 50.0
 _EACH_SECONDS = 0.15
 """Most time for one operation's repetitions beyond its first three."""
 _COLD_BYTES = 64 << 20
+_HOST_MEMORY_BYTES = 256 << 20
 _MAX_COPIES = 8
 _TOLD_EVERY_SECONDS = 1.0
 _EVICTED_BYTES = 4 << 20
@@ -118,22 +119,37 @@ def probe_device(device: torch.device | str, *, quick: bool, memory_limit_bytes:
     device = torch.device(device)
     TinyModel(torch.device("cpu"))  # importing diffusers takes seconds and is no probing
     started, limit = time.perf_counter(), QUICK_SECONDS if quick else DEFAULT_SECONDS
+    rates, complete = _measure_host(device, memory_limit_bytes, progress)
+    texts = probe_signatures(device.type, dtypes, quick, memory_limit_bytes)
+    work: list[tuple[str, Operation | str]] = [(text, parse_signature(text)) for text in texts]
+    left = limit - (time.perf_counter() - started)
+    samples, done = _probe_all(work, device, left, memory_limit_bytes, progress) if complete else ({}, False)
+    return _run(quick, complete and done, tuple(samples.values()), rates)
+
+
+def probe_host(device: torch.device | str, progress: Progress = silent) -> Run:
+    """Only what the host adds to operations; about two seconds."""
+    rates, _ = _measure_host(torch.device(device), _HOST_MEMORY_BYTES, progress)
+    return _run(True, False, (), rates)
+
+
+def _measure_host(device: torch.device, memory_limit_bytes: int, progress: Progress) -> tuple[list[Rate], bool]:
+    """Host and link rates, and whether nobody interrupted."""
     rates: list[Rate] = []
-    complete = True
     try:
         for name, measure in host_probes(device, memory_limit_bytes).items():
             progress(f"probing {name.replace('_', ' ')}")
             rates += measure()
     except KeyboardInterrupt:
-        complete = False
-    texts = probe_signatures(device.type, dtypes, quick, memory_limit_bytes)
-    work: list[tuple[str, Operation | str]] = [(text, parse_signature(text)) for text in texts]
-    left = limit - (time.perf_counter() - started)
-    samples, done = _probe_all(work, device, left, memory_limit_bytes, progress) if complete else ({}, False)
+        progress(f"probing interrupted: {len(rates)} rates are kept")
+        return rates, False
+    return rates, True
+
+
+def _run(quick: bool, complete: bool, samples: tuple[Sample, ...], rates: list[Rate]) -> Run:
     date = now()
     identity = f"{date}-{time.time_ns() % 10**9:09d}"
-    return Run(id=identity, date=date, quick=quick, complete=complete and done, threads=torch.get_num_threads(),
-               samples=tuple(samples.values()), rates=tuple(rates))  # fmt: skip
+    return Run(id=identity, date=date, quick=quick, complete=complete, threads=torch.get_num_threads(), samples=samples, rates=tuple(rates))
 
 
 def host_probes(device: torch.device, memory_limit_bytes: int) -> dict[str, Any]:
@@ -226,5 +242,5 @@ def _host_seconds(run: Any, device: torch.device) -> tuple[float, ...]:
     return tuple(seconds[1:])
 
 
-__all__ = ["DEFAULT_SECONDS", "QUICK_SECONDS", "Runnable", "copy_rates", "fresh_memory_rate", "host_clock", "launch_rates", "picture_rate",
-           "probe_device", "probe_operations"]  # fmt: skip
+__all__ = ["DEFAULT_SECONDS", "QUICK_SECONDS", "copy_rates", "fresh_memory_rate", "launch_rates", "picture_rate", "probe_device",
+           "probe_host", "probe_operations"]  # fmt: skip
