@@ -176,7 +176,7 @@ def _others(space: Space, chosen: Candidate | None) -> tuple[tuple[Candidate, ..
     found: list[Candidate] = []
     rejected: list[Rejection] = []
     for name in MAJOR:
-        values = space.solver.values(name)
+        values = space.problem.values(name)
         for value in dict.fromkeys((*values, *WORDS.get(name, ()))):
             if name in space.fixed or (chosen is not None and value == chosen.settings[name]):
                 continue

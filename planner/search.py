@@ -112,6 +112,10 @@ class Problem:
         """Nanoseconds that the search minimises: all calls and their share of the setting up."""
         return demand.nanoseconds if self.calls is None else demand.nanoseconds * self.calls + demand.setup_nanoseconds
 
+    def values(self, name: str) -> tuple[Value, ...]:
+        """Values of an axis, the one that leaves things as they are first."""
+        return next(axis.values for axis in self.axes if axis.name == name)
+
     @property
     def size(self) -> int:
         """Candidates on paper, rules aside."""
@@ -194,7 +198,6 @@ class Solver:
     evaluations: int = 0
     visited: int = 0
     shared: tuple[str, ...] = field(init=False)
-    _axes: dict[str, Axis] = field(init=False)
     _private: tuple[tuple[str, ...], ...] = field(init=False)
     _phases: tuple[Phase, ...] = field(init=False)
     _rules_at: tuple[tuple[Rule, ...], ...] = field(init=False)
@@ -213,7 +216,6 @@ class Solver:
 
     def __post_init__(self) -> None:
         problem = self.problem
-        self._axes = {axis.name: axis for axis in problem.axes}
         self._index = {axis.name: {value: index for index, value in enumerate(axis.values)} for axis in problem.axes}
         self._place = {axis.name: place for place, axis in enumerate(problem.axes)}
         used = {name for phase in problem.phases for name in phase.axes}
@@ -236,8 +238,6 @@ class Solver:
         )
         self._touched = tuple(tuple(i for i, phase in enumerate(self._phases) if name in phase.axes) for name in self.shared)
         self._stock_depth = max((depth[name] for name in problem.stock.axes), default=-1) if problem.stock else -1
-
-    # -- questions --------------------------------------------------------------------------------------------------
 
     def best(self, limits: Limits = NO_LIMITS, fixed: Assignment | None = None) -> Candidate | None:
         """The candidate of least cost within the limits, or None when nothing fits. ``fixed`` decides some axes."""
@@ -265,16 +265,10 @@ class Solver:
                 return rule, reason
         return None
 
-    def values(self, name: str) -> tuple[Value, ...]:
-        """Values of an axis, the one that leaves things as they are first."""
-        return self._axes[name].values
-
     def candidates(self) -> Iterator[dict[str, Value]]:
         """Every assignment on paper. For small problems."""
         names = [axis.name for axis in self.problem.axes]
         return (dict(zip(names, values, strict=True)) for values in product(*(axis.values for axis in self.problem.axes)))
-
-    # -- the walk ---------------------------------------------------------------------------------------------------
 
     def _answer(self, goal: Goal, limits: Limits, fixed: Assignment) -> Candidate | None:
         key = (goal, limits, frozenset(fixed.items()))
@@ -460,8 +454,6 @@ class Solver:
             rank = (self.problem.cost(floor), sum(index > 0 for index in indices), indices)
             options.append(_Option(rank, floor.peak_bytes, values))
         return sorted(options, key=lambda option: option.rank)
-
-    # -- prices -----------------------------------------------------------------------------------------------------
 
     def _price(self, place: int, assignment: Assignment) -> Demand:
         phase = self._phases[place]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
@@ -62,7 +62,6 @@ class Space:
     baseline: dict[str, KnobValue]
     left_out: tuple[tuple[str, KnobValue, str], ...]
     recipes: Recipes
-    _spare: dict[str, object] = field(default_factory=dict)
 
     @property
     def problem(self) -> Problem:

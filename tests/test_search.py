@@ -184,8 +184,8 @@ def test_a_fixed_value_that_a_rule_refuses_is_an_error_with_the_reason() -> None
 
 def test_excluded_values_and_higher_quality_levels_are_left_out_with_a_reason() -> None:
     space = build_space(*world(SMALL, 4, quality="exact"), excluded={"vae_slicing": [True]})
-    assert space.solver.values("dtype") == ("fp16",)
-    assert space.solver.values("vae_slicing") == (False,)
+    assert space.problem.values("dtype") == ("fp16",)
+    assert space.problem.values("vae_slicing") == (False,)
     reasons = {(name, value): reason for name, value, reason in space.left_out}
     assert 'needs quality="lossless"' in reasons["dtype", "bf16"]
     assert "did not hold" in reasons["vae_slicing", True]
