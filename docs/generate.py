@@ -123,8 +123,7 @@ def _fields(model: type) -> list[str]:
     """Fields with their types, then the methods that have a docstring."""
     lines = ["| field | type |", "|---|---|"]
     for name, field in model.model_fields.items():  # type: ignore[attr-defined]
-        kind = field.annotation.__name__ if inspect.isclass(field.annotation) and not getattr(field.annotation, "__args__", ()) else field.annotation
-        lines.append(f"| `{field.alias or name}` | `{_cell(str(kind)).replace('planner.types.', '').replace('planner.plan.', '').replace('typing.', '')}` |")
+        lines.append(f"| `{field.alias or name}` | `{_type_name(field.annotation)}` |")
     for name, method in vars(model).items():
         if name.startswith("_") or not (inspect.isfunction(method) or isinstance(method, classmethod | property)):
             continue
@@ -132,6 +131,12 @@ def _fields(model: type) -> list[str]:
         if (doc := inspect.getdoc(function)) and not name.startswith("model_"):
             lines += ["", f"**`.{name}`** {' '.join(doc.split())}"]
     return lines
+
+
+def _type_name(kind: object) -> str:
+    plain = inspect.isclass(kind) and not getattr(kind, "__args__", ())
+    text = kind.__name__ if plain else str(kind)  # type: ignore[attr-defined]
+    return _cell(re.sub(r"\b(planner\.types|planner\.plan|typing)\.", "", text))
 
 
 GENERATED = {"constraints.md": constraints, "api.md": api}

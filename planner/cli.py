@@ -67,9 +67,19 @@ def _fail(message: str, code: int) -> int:
 
 
 def _quiet_libraries() -> None:
-    """Libraries below keep their own remarks to themselves unless the user asks for them."""
+    """Libraries below keep their own remarks to themselves unless the user asks for them; ours go to stderr as one line."""
+    import logging
+
     for name in ("DIFFUSERS_VERBOSITY", "TRANSFORMERS_VERBOSITY"):
         os.environ.setdefault(name, "error")
+    for name in ("torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+    ours = logging.getLogger("planner")
+    if not ours.handlers:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter("planner: %(message)s"))
+        ours.addHandler(handler)
+        ours.propagate = False
 
 
 @app.callback(invoke_without_command=True)

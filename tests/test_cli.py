@@ -79,7 +79,9 @@ def test_start_loads_nothing_heavy(code: str, allowed: set[str]) -> None:
 
 
 @pytest.mark.parametrize(
-    "code", ["from planner import Plan, Workload, Estimate", "from planner import cli\ncli._settings(['offload=model'])"], ids=["types", "settings"]
+    "code",
+    ["from planner import Plan, Workload, Estimate", "from planner import cli\ncli._settings(['offload=model'])"],
+    ids=["types", "settings"],
 )
 def test_types_and_settings_need_no_torch(code: str) -> None:
     assert loaded_after(code) & {"torch", "diffusers", "transformers"} == set()
@@ -182,8 +184,8 @@ def test_a_reader_that_leaves_early_is_no_error() -> None:
 def test_options_reach_the_planner(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     asked = planned(monkeypatch, offloaded())
     words = ("--gpu", "T4", "--memory", "8GiB", "--host-memory", "9GiB", "--batch-size", "3", "--height", "512", "--width", "768",
-             "--frames", "9", "--steps", "20", "--guidance", "4.5", "--quality", "lossy", "--objective", "memory", "--calls", "7", "--fix", "offload=none",
-             "--fix", "vae_tiling=yes")  # fmt: skip
+             "--frames", "9", "--steps", "20", "--guidance", "4.5", "--quality", "lossy", "--objective", "memory", "--calls", "7",
+             "--fix", "offload=none", "--fix", "vae_tiling=yes")  # fmt: skip
     assert run(capsys, "explain", "sdxl", *words)[0] == 0
     assert asked == {
         "model": "sdxl", "gpu": "T4", "memory": "8GiB", "host_memory": "9GiB", "batch_size": 3, "height": 512, "width": 768, "frames": 9,

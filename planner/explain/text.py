@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from planner.explain import words
 from planner.explain.layout import DEFAULT_WIDTH, LEAST_WIDTH, paragraph, table
-from planner.types import Device, Estimate, Measurement, Phase, Rejection, Term
+from planner.types import Alternative, Device, Estimate, Measurement, Phase, Term
 from planner.units import GIB, format_bytes, format_seconds
 
 if TYPE_CHECKING:
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 INDENT = 11
 MANY_PHASES = 8
-MANY_LOST = 4
+MANY_LOST = 5
 ROOMY = 92
 """From this width on a table's sizes carry their units; below it the head says GiB once."""
 _PHASE_HEAD = ("phase", "calls", "time", "weights", "activations", "workspace", "peak", "bound by")
@@ -184,42 +184,57 @@ def _what_binds(plan: Plan, width: int) -> list[str]:
 
 def _lost(plan: Plan, width: int, verbose: bool) -> list[str]:
     others = [item for item in plan.alternatives if item.settings != plan.settings]
-    nearest = sorted((item for item in plan.rejected if item.shortfall_bytes is not None), key=lambda item: item.shortfall_bytes or 0)
-    shown = others if verbose else others[:MANY_LOST]
-    rows = [_alternative_row(plan, item.settings, item.predicted) for item in shown]
-    rows += [_rejected_row(plan, item) for item in (nearest if verbose else nearest[:2])]
-    lines = ["nearest alternatives, by what they set differently", *table(rows, width, left=(0, 3), indent=2)] if rows else []
-    lines += _rejected_summary(plan, width)
-    return lines + (_rejected_rules(plan.rejected, width) if verbose else [])
+    equal = [item for item in others if words.why_lost(item.predicted, plan.predicted) == words.NO_BETTER]
+    behind = [item for item in others if item not in equal]
+    rows = _alternatives(plan, behind if verbose else behind[:MANY_LOST], width)
+    lines = ["nearest alternatives, and what they set differently", *rows] if rows else []
+    if equal:
+        names = "; ".join(words.settings_text(words.difference(item.settings, plan.settings)) for item in equal)
+        lines += _lines("as good", names, width)
+    if plan.counts is not None:
+        lines += _lines("searched", f"{plan.counts.candidates} combinations, {plan.counts.evaluated} of them priced one by one", width)
+    return lines + (_rejected_table(plan, width) if verbose else _rejected_summary(plan, width))
 
 
-def _alternative_row(plan: Plan, settings: object, estimate: Estimate) -> tuple[str, ...]:
-    other = words.settings_text(words.difference(settings, plan.settings))  # type: ignore[arg-type]
-    lost = words.why_lost(estimate, plan.predicted)
-    return (other, format_bytes(estimate.peak_allocated_bytes), format_seconds(estimate.latency_seconds), lost)
-
-
-def _rejected_row(plan: Plan, item: Rejection) -> tuple[str, ...]:
-    other = words.settings_text(words.difference(item.settings, plan.settings), "as chosen")
-    return (other, "", "", words.rejection_text(item))
+def _alternatives(plan: Plan, shown: Sequence[Alternative], width: int) -> list[str]:
+    """Peak, time, in what each is behind, and beside them its settings, wrapped where they are long."""
+    sizes = [
+        (format_bytes(item.predicted.peak_allocated_bytes), format_seconds(item.predicted.latency_seconds),
+         words.why_lost(item.predicted, plan.predicted))
+        for item in shown
+    ]  # fmt: skip
+    labels = table(sizes, width, left=(2,), indent=2)
+    indent = max(map(len, labels), default=0) + 2
+    settings = [words.settings_text(words.difference(item.settings, plan.settings)) for item in shown]
+    return [line for label, text in zip(labels, settings, strict=True) for line in paragraph(label, text, width, indent)]
 
 
 def _rejected_summary(plan: Plan, width: int) -> list[str]:
-    lines = []
-    if plan.counts is not None:
-        lines += _lines("searched", f"{plan.counts.candidates} combinations, {plan.counts.evaluated} of them priced one by one", width)
-    counts: dict[str, int] = {}
-    for item in plan.rejected:
-        counts[item.kind] = counts.get(item.kind, 0) + item.count
-    if counts:
-        ordered = [f"{words.KINDS[kind]} {count}" for kind, count in sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))]
-        lines += _lines("rejected", ", ".join(ordered), width)
+    """One paragraph per kind of rejection: the nearest first, settings that share a reason together."""
+    lines: list[str] = []
+    for kind, label in words.KINDS.items():
+        groups: dict[str, list[str]] = {}
+        items = [item for item in plan.rejected if item.kind == kind]
+        for item in sorted(items, key=lambda item: item.shortfall_bytes or 0):
+            groups.setdefault(words.rejection_text(item), []).append(words.rejected_name(item, plan))
+        shown = [f"{_names(names)}: {reason}" for reason, names in list(groups.items())[:MANY_LOST]]
+        if len(groups) > MANY_LOST:
+            shown.append(f"and {len(groups) - MANY_LOST} more reasons (-v lists them)")
+        lines += _lines(label, "; ".join(shown), width) if shown else []
     return lines
 
 
-def _rejected_rules(rejected: Iterable[Rejection], width: int) -> list[str]:
-    rows = [("", "count", "why"), *((words.settings_text(item.settings), str(item.count), words.rejection_text(item)) for item in rejected)]
-    return ["", "all rejections", *table(rows, width, left=(0, 2), indent=2)] if len(rows) > 1 else []
+def _names(names: Sequence[str]) -> str:
+    """Up to three as they are, more by their knobs."""
+    if len(names) <= 3:
+        return ", ".join(names)
+    knobs = dict.fromkeys(word.partition("=")[0] for name in names for word in name.split())
+    return f"{len(names)} values of {', '.join(knobs)}"
+
+
+def _rejected_table(plan: Plan, width: int) -> list[str]:
+    rows = [(words.rejected_name(item, plan), words.KINDS[item.kind], words.rejection_text(item)) for item in plan.rejected]
+    return ["", "rejected", *table(rows, width, left=(0, 1, 2), indent=2)] if rows else []
 
 
 # -- details and remarks ----------------------------------------------------------------------------------------------

@@ -12,14 +12,11 @@ if TYPE_CHECKING:
 
 WISHES = {"latency": "least time for a call", "throughput": "most samples per second", "memory": "least memory"}
 """What the objectives mean."""
-KINDS = {
-    "memory": "too little memory",
-    "host": "too little host RAM",
-    "rule": "forbidden by a rule",
-    "time": "slower",
-    "dominated": "neither smaller nor faster than another",
-}
+KINDS = {"memory": "too large", "host": "host RAM", "time": "slower", "dominated": "dominated", "rule": "forbidden"}
 """What the kinds of rejection mean."""
+
+
+NO_BETTER = "neither faster nor smaller"
 
 
 def value_text(value: KnobValue) -> str:
@@ -106,8 +103,17 @@ def why_lost(estimate: Estimate, chosen: Estimate) -> str:
     time = times(estimate.latency_seconds, chosen.latency_seconds)
     extra = estimate.peak_allocated_bytes - chosen.peak_allocated_bytes
     if abs(extra) < 0.005 * chosen.peak_allocated_bytes:
-        return time
+        return NO_BETTER if time == "as long" else time
     return f"{time}, {format_bytes(abs(extra))} {'more' if extra > 0 else 'less'}"
+
+
+def rejected_name(rejection: Rejection, plan: Plan) -> str:
+    """The settings that a rejected group shares; a whole candidate by what it sets differently from the plan."""
+    if rejection.settings == plan.baseline:
+        return "the pipeline as it is"
+    if rejection.settings.keys() >= plan.settings.keys():
+        return settings_text(difference(rejection.settings, plan.settings), "as chosen")
+    return settings_text(rejection.settings)
 
 
 def rejection_text(rejection: Rejection) -> str:
