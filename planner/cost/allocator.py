@@ -22,13 +22,13 @@ BLOCK = 512
 
 
 @dataclass(slots=True)
-class _Block:
+class Block:
     segment: int
     start: int
     size: int
     free: bool = True
-    previous: _Block | None = None
-    following: _Block | None = None
+    previous: Block | None = None
+    following: Block | None = None
 
 
 @dataclass(slots=True)
@@ -36,19 +36,19 @@ class _Pool:
     """Free blocks ordered by size, then by where they are."""
 
     order: list[tuple[int, int, int]] = field(default_factory=list)
-    blocks: dict[tuple[int, int, int], _Block] = field(default_factory=dict)
+    blocks: dict[tuple[int, int, int], Block] = field(default_factory=dict)
 
-    def add(self, block: _Block) -> None:
+    def add(self, block: Block) -> None:
         key = (block.size, block.segment, block.start)
         bisect.insort(self.order, key)
         self.blocks[key] = block
 
-    def remove(self, block: _Block) -> None:
+    def remove(self, block: Block) -> None:
         key = (block.size, block.segment, block.start)
         self.order.pop(bisect.bisect_left(self.order, key))
         del self.blocks[key]
 
-    def best(self, size: int) -> _Block | None:
+    def best(self, size: int) -> Block | None:
         at = bisect.bisect_left(self.order, (size, -1, -1))
         return self.blocks[self.order[at]] if at < len(self.order) else None
 
@@ -61,11 +61,13 @@ class CachingAllocator:
     reserved_bytes: int = 0
     peak_allocated_bytes: int = 0
     peak_reserved_bytes: int = 0
+    limit_bytes: int | None = None
+    """What the device can give; before a segment would pass it, cached segments without a block in use are given back."""
     _small: _Pool = field(default_factory=_Pool)
     _large: _Pool = field(default_factory=_Pool)
     _segments: int = 0
 
-    def allocate(self, size: int) -> _Block:
+    def allocate(self, size: int) -> Block:
         """A block for ``size`` bytes, from a free one if any is large enough, else from a new segment."""
         size = max(-(-size // BLOCK) * BLOCK, BLOCK)
         small = size <= SMALL_LIMIT
@@ -77,7 +79,7 @@ class CachingAllocator:
             pool.remove(block)
         left = block.size - size
         if left >= BLOCK if small else left > SMALL_LIMIT:
-            rest = _Block(block.segment, block.start + size, left, True, block, block.following)
+            rest = Block(block.segment, block.start + size, left, True, block, block.following)
             if block.following is not None:
                 block.following.previous = rest
             block.following, block.size = rest, size
@@ -87,7 +89,7 @@ class CachingAllocator:
         self.peak_allocated_bytes = max(self.peak_allocated_bytes, self.allocated_bytes)
         return block
 
-    def free(self, block: _Block) -> None:
+    def free(self, block: Block) -> None:
         """Give a block back and merge it with free neighbours of its segment."""
         self.allocated_bytes -= block.size
         pool = self._small if block.size <= SMALL_LIMIT and self._is_small(block) else self._large
@@ -98,23 +100,33 @@ class CachingAllocator:
                 block = _merged(neighbour, block) if neighbour is block.previous else _merged(block, neighbour)
         pool.add(block)
 
-    def _new_segment(self, size: int) -> _Block:
+    def _new_segment(self, size: int) -> Block:
         if size <= SMALL_LIMIT:
             whole = SMALL_SEGMENT
         elif size < MIDDLE_LIMIT:
             whole = MIDDLE_SEGMENT
         else:
             whole = -(-size // ROUND_LARGE) * ROUND_LARGE
+        if self.limit_bytes is not None and self.reserved_bytes + whole > self.limit_bytes:
+            self.empty_cache()
         self._segments += 1
         self.reserved_bytes += whole
         self.peak_reserved_bytes = max(self.peak_reserved_bytes, self.reserved_bytes)
-        return _Block(self._segments * 2 + (size <= SMALL_LIMIT), 0, whole)
+        return Block(self._segments * 2 + (size <= SMALL_LIMIT), 0, whole)
 
-    def _is_small(self, block: _Block) -> bool:
+    def empty_cache(self) -> None:
+        """Give segments without a block in use back to the device (``torch.cuda.empty_cache``)."""
+        for pool in (self._small, self._large):
+            for block in list(pool.blocks.values()):
+                if block.previous is None and block.following is None:
+                    pool.remove(block)
+                    self.reserved_bytes -= block.size
+
+    def _is_small(self, block: Block) -> bool:
         return bool(block.segment % 2)
 
 
-def _merged(left: _Block, right: _Block) -> _Block:
+def _merged(left: Block, right: Block) -> Block:
     left.size += right.size
     left.following = right.following
     if right.following is not None:
@@ -123,8 +135,8 @@ def _merged(left: _Block, right: _Block) -> _Block:
     return left
 
 
-def replay(allocator: CachingAllocator, call: CallTrace, workspace: Ints, largest: int = 0) -> None:
-    """Run one component call's allocations and frees, each operation's workspace between them.
+def replay(allocator: CachingAllocator, call: CallTrace, workspace: Ints, window: Ints | None = None) -> None:
+    """Run one component call's allocations and frees, each operation's workspace between them, and a moving window of weights.
 
     Storages that outlive the call are freed at its end: what the pipeline keeps of them is counted by the caller.
     """
@@ -135,16 +147,28 @@ def replay(allocator: CachingAllocator, call: CallTrace, workspace: Ints, larges
             born.setdefault(start, []).append(uid)
             died.setdefault(end, []).append(uid)
     sizes = call.spans[:, 2]
-    blocks: dict[int, _Block] = {}
-    scratch = np.asarray(workspace)
+    blocks: dict[int, Block] = {}
+    scratch, moving = np.asarray(workspace).tolist(), _window_of(call, window)
+    held: Block | None = None
     for index in range(len(call) + 1):
         for uid in died.get(index, ()):
             allocator.free(blocks.pop(uid))
+        if index < len(call) and moving is not None and (index == 0 or moving[index] != moving[index - 1]):
+            if held is not None:
+                allocator.free(held)
+            held = allocator.allocate(moving[index]) if moving[index] else None
         for uid in born.get(index, ()):
             blocks[uid] = allocator.allocate(int(sizes[uid]))
         if index < len(call) and scratch[index] >= BLOCK:
-            halves = [allocator.allocate(int(scratch[index]) // 2) for _ in range(2)]
-            for block in halves:
-                allocator.free(block)
-    for block in blocks.values():
+            allocator.free(allocator.allocate(scratch[index]))
+    for block in (*blocks.values(), *((held,) if held is not None else ())):
         allocator.free(block)
+
+
+def _window_of(call: CallTrace, window: Ints | None) -> list[int] | None:
+    """The window per operation; another VAE mode has other operations, for which its largest unit stands."""
+    if window is None:
+        return None
+    if len(window) != len(call):
+        return [int(window.max(initial=0))] * len(call)
+    return [int(size) for size in window]

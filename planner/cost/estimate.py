@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from planner.cost.allocator import CachingAllocator, replay
 from planner.cost.coefficients import Coefficients
 from planner.cost.model import Cost, CostModel, PhaseCost
-from planner.cost.workspace import operator_bytes
+from planner.cost.reserved import reserved_bytes
 from planner.dryrun.trace import Kind
 from planner.recipe import Recipe
 from planner.types import Basis, Bound, Estimate, Phase, Term
@@ -37,22 +36,6 @@ def estimate_of(model: CostModel, recipe: Recipe, cost: Cost | None = None, *, d
         step_seconds_high=None if step is None else step * (1 + spread),
         setup_seconds=setup, setup_seconds_low=setup / 2, setup_seconds_high=setup * 2,
         phases=tuple(_phase(cost, phase) for phase in cost.phases), terms=_terms(model, cost), basis=_basis(model, cost))  # fmt: skip
-
-
-def reserved_bytes(model: CostModel, recipe: Recipe, cost: Cost) -> int:
-    """Peak of the caching allocator's segments: weights that stay, then every distinct call in the order of first use.
-
-    A loop's call is replayed twice, so that the second pass finds what the first left behind.
-    """
-    allocator = CachingAllocator()
-    base = max((phase.resident_bytes + phase.held_bytes for phase in cost.phases), default=0)
-    for phase in cost.phases:
-        call = model.variant(cost.trace, phase.call, recipe)
-        workspace = operator_bytes(call, model.device, recipe) if model.device.kind == "cuda" else call.live_bytes * 0
-        for _ in range(min(phase.count, 2)):
-            replay(allocator, call, workspace)
-    windows = max((phase.cost.window_bytes for phase in cost.phases), default=0)
-    return base + allocator.peak_reserved_bytes + windows + cost.blas_bytes
 
 
 def step_seconds(model: CostModel, cost: Cost) -> float | None:
@@ -110,6 +93,8 @@ def _terms(model: CostModel, cost: Cost) -> tuple[Term, ...]:
             Term(name=f"activations of {name}", bytes=top.cost.activations_bytes, basis="datasheet", source="lifetimes in the dry run"),
             Term(name=f"operator workspace of {name}", bytes=top.cost.workspace_bytes, basis="published", source="layout copies and attention buffers, planner.cost.workspace"),
         ]  # fmt: skip
+    resting = cost.residency.rest_bytes + cost.blas_bytes
+    terms.append(Term(name="allocated between calls", bytes=resting, basis="datasheet", source="weights that stay, cuBLAS workspace"))
     if cost.blas_bytes:
         terms.append(Term(name="cuBLAS workspace", bytes=cost.blas_bytes, basis="datasheet", source=coefficients.source("blas_workspace_bytes")))
     if cost.graph_pool_bytes:

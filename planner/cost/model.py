@@ -11,6 +11,7 @@ import numpy as np
 from planner.cost.coefficients import Coefficients
 from planner.cost.condense import condensed
 from planner.cost.kernels import CallTime, call_time
+from planner.cost.quantized import LOADED_ON_DEVICE
 from planner.cost.residency import Residency, component_bytes, residency
 from planner.cost.transfer import transfer_seconds
 from planner.cost.workspace import operator_bytes
@@ -94,8 +95,9 @@ class Cost:
 
     @property
     def peak_bytes(self) -> int:
-        """Peak of torch's allocated bytes."""
-        return max([phase.peak_bytes for phase in self.phases] + [self.glue_peak_bytes]) + self.blas_bytes
+        """Peak of torch's allocated bytes, setting up included."""
+        running = max([phase.peak_bytes for phase in self.phases] + [self.glue_peak_bytes]) + self.blas_bytes
+        return max(running, self.setup_peak_bytes)
 
     @property
     def needed_bytes(self) -> int:
@@ -375,7 +377,8 @@ class CostModel:
         """Most device memory while the plan is being put in force: all resident weights at once, nothing running."""
         if recipe.offload == "none":
             return sum(weights.values())
-        return sum(weights[name] for name in recipe.resident if name in weights)
+        quantized_there = {name for name, scheme in recipe.weights.items() if scheme in LOADED_ON_DEVICE}
+        return sum(weights[name] for name in recipe.resident | quantized_there if name in weights)
 
 
 def _placements(recipe: Recipe) -> tuple[object, ...]:

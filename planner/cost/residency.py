@@ -6,12 +6,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
+from numpy.typing import NDArray
 
-from planner.cost.kernels import stored_share
+from planner.cost.quantized import leaf_bytes
 from planner.dryrun.trace import CallTrace, Ints, PipelineTrace
 from planner.facts import ComponentFacts, PipelineFacts
 from planner.recipe import Recipe
 from planner.types import DTYPE_BYTES
+
+_WINDOWED = ("sequential", "group_block", "group_leaf")
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,15 +41,17 @@ class Residency:
 
 def component_bytes(facts: PipelineFacts, trace: PipelineTrace, recipe: Recipe) -> dict[str, int]:
     """Weight bytes of every component at rest, in the trace's dtype, quantized or fused as the recipe says."""
+    resting = resting_bytes(facts, trace)
+    return {part.name: _stored_total(part, resting[part.name], recipe) for part in facts.components}
+
+
+def resting_bytes(facts: PipelineFacts, trace: PipelineTrace) -> dict[str, int]:
+    """Weight bytes of every component between its calls, before any quantization."""
     seen: dict[str, int] = {}
     for event in trace.events:
         name = trace.calls[event.call].component
         seen[name] = min(seen.get(name, event.weight_bytes), event.weight_bytes)
-    out = {}
-    for component in facts.components:
-        size = seen.get(component.name) or _cast_bytes(component, trace.dtype)
-        out[component.name] = quantized_bytes(component, size, recipe.weights.get(component.name), trace.dtype)
-    return out
+    return {part.name: seen.get(part.name) or _cast_bytes(part, trace.dtype) for part in facts.components}
 
 
 def _cast_bytes(component: ComponentFacts, dtype: str) -> int:
@@ -55,23 +60,28 @@ def _cast_bytes(component: ComponentFacts, dtype: str) -> int:
     return round(component.weight_bytes * DTYPE_BYTES.get(dtype, 4) / DTYPE_BYTES.get(component.dtype, 4))
 
 
-def quantized_bytes(component: ComponentFacts, size: int, scheme: str | None, dtype: str) -> int:
-    """Bytes after quantizing the linear weights (all weights for layerwise fp8 storage)."""
-    if scheme is None or scheme == "none":
+def _stored_total(component: ComponentFacts, size: int, recipe: Recipe) -> int:
+    """Stored bytes of a component that weighs ``size`` unquantized; a tensor of several modules counts once."""
+    scheme = recipe.weights.get(component.name)
+    if scheme is None or not component.leaves:
         return size
-    parameters = component.parameters if scheme == "fp8_layerwise" else component.linear_parameters
-    saved = parameters * DTYPE_BYTES.get(dtype, 2) - parameters * 2 * stored_share(scheme)
-    return max(int(size - saved), 0)
+    scale = size / component.weight_bytes if component.weight_bytes else 1.0
+    return sum(leaf_bytes(component, scheme, scale)) - round(tied_bytes(component) * scale)
+
+
+def tied_bytes(component: ComponentFacts) -> int:
+    """Bytes that the leaves count more than once because a tensor belongs to several modules."""
+    return max(sum(leaf.bytes for leaf in component.leaves) - component.weight_bytes, 0)
 
 
 def residency(facts: PipelineFacts, trace: PipelineTrace, recipe: Recipe) -> Residency:
     """Simulate the recipe's offload strategy over the calls that the pipeline really made, in their order."""
     sizes = component_bytes(facts, trace, recipe)
-    if recipe.offload == "none":
-        return _all_resident(facts, trace, sizes)
     if recipe.offload == "model":
         return _model_offload(facts, trace, sizes)
-    return _windowed(facts, trace, recipe, sizes)
+    if any(recipe.of(part.name).offload in _WINDOWED for part in facts.components):
+        return _windowed(facts, trace, recipe, sizes)
+    return _all_resident(facts, trace, sizes)
 
 
 def _upcast_bytes(trace: PipelineTrace, sizes: Mapping[str, int], recipe_weights: int = 0) -> list[int]:
@@ -128,114 +138,154 @@ def _model_offload(facts: PipelineFacts, trace: PipelineTrace, sizes: Mapping[st
 
 
 def _windowed(facts: PipelineFacts, trace: PipelineTrace, recipe: Recipe, sizes: Mapping[str, int]) -> Residency:
-    """Sequential and group offload: what the running component holds moves with the operation that runs."""
+    """Sequential and group offload: what the running component holds moves with the module that runs."""
     count = len(trace.calls)
-    kept = {name for name in sizes if name in recipe.resident or name in facts.excluded_from_offload}
-    base = sum(sizes[name] for name in kept)
+    moving = {part.name: part for part in facts.components if _moves(facts, part, recipe)}
+    resting = resting_bytes(facts, trace)
+    plans = {name: window_plan(part, recipe, resting[name], name in recipe.only) for name, part in moving.items()}
+    fixed = sum(plan.fixed_bytes for plan in plans.values())
+    base = sum(size for name, size in sizes.items() if name not in moving) + fixed
+    upcast = _upcast_bytes(trace, sizes)
     windows: list[Ints | None] = []
     onload, offload, moves, resident = [0] * count, [0] * count, [0] * count, [base] * count
-    upcast = _upcast_bytes(trace, sizes)
-    plans: dict[str, WindowPlan] = {}
     for index, call in enumerate(trace.calls):
-        name = call.component
-        if name in kept or name not in sizes:
+        plan = plans.get(call.component)
+        if plan is None:
             windows.append(None)
             resident[index] += upcast[index]
             continue
-        plan = plans.setdefault(name, window_plan(facts.component(name), recipe, sizes[name]))
-        window, used_bytes, used_units = plan.over(call, sizes[name] + upcast[index])
-        windows.append(window)
+        size = sizes[call.component]
+        passage = plan.over(call, (size + upcast[index]) / size if size else 1.0)
+        windows.append(passage.window)
         times = trace.count(index)
-        onload[index] = used_bytes * times
-        moves[index] = used_units * times
-        copies_back = recipe.offload in ("group_block", "group_leaf") and not recipe.offload_stream
-        offload[index] = used_bytes * times if copies_back else 0
-    host = sum(size for name, size in sizes.items() if name not in kept)
-    pinned = _power_of_two_sum(facts, sizes, kept) if recipe.offload_stream else 0
+        onload[index], moves[index] = passage.loaded_bytes * times, passage.moves * times
+        offload[index] = passage.loaded_bytes * times if plan.copies_back else 0
+    host = sum(sizes[name] for name in moving)
+    pinned = sum(plan.pinned_bytes for plan in plans.values())
     return Residency(tuple(resident), tuple(windows), tuple(onload), tuple(offload), tuple(moves), base, host + pinned, pinned)
+
+
+def _moves(facts: PipelineFacts, component: ComponentFacts, recipe: Recipe) -> bool:
+    kept = component.name in recipe.resident and component.name not in recipe.only
+    return recipe.of(component.name).offload in _WINDOWED and not kept and component.name not in facts.excluded_from_offload
+
+
+@dataclass(frozen=True, slots=True)
+class Passage:
+    """One call under a moving window: bytes on the device per operation, bytes loaded and modules moved in all."""
+
+    window: Ints
+    loaded_bytes: int
+    moves: int
 
 
 @dataclass(frozen=True, slots=True)
 class WindowPlan:
-    """Units that move together: module path prefix to bytes, and what stays for the whole call."""
+    """Units that move together, by the module whose call brings them in; they stay until that call returns."""
 
-    units: tuple[tuple[str, int], ...]
-    always_bytes: int
-    ahead: int
-    """Units loaded before they are needed (prefetch on a stream)."""
-    total_bytes: int
+    units: Mapping[str, tuple[int, int]]
+    """Module path to (number of the group, its bytes). A module's own tensors come in while its children run, too."""
+    fixed_bytes: int
+    """On the device all the time: buffers under sequential offload."""
+    ahead: bool
+    """The next unit is loaded while one runs (prefetch on a stream)."""
+    copies_back: bool
+    pinned_bytes: int
 
-    def over(self, call: CallTrace, weight_bytes: int) -> tuple[Ints, int, int]:
-        """Bytes on the device per operation, bytes loaded by one call and units moved by it."""
-        scale = weight_bytes / self.total_bytes if self.total_bytes else 1.0
-        unit_of = self._units_of(call.modules)[call.module] if len(call) else np.zeros(0, np.int64)
-        sizes = np.array([size for _, size in self.units] + [0], dtype=np.float64)
-        order = _forward_fill(unit_of)
-        window = np.where(order >= 0, sizes[order], 0.0)
-        for step in range(1, self.ahead + 1):
-            following = np.where(order >= 0, np.minimum(order + step, len(self.units)), len(self.units))
-            window = window + sizes[following]
-        used = sorted({int(unit) for unit in unit_of if unit >= 0})
-        loaded = self.always_bytes + sum(self.units[unit][1] for unit in used)
-        return ((window + self.always_bytes) * scale).astype(np.int64), round(loaded * scale), len(used) + (1 if self.always_bytes else 0)
+    def over(self, call: CallTrace, scale: float = 1.0) -> Passage:
+        """What one call holds and loads; ``scale`` is for weights that were cast since the facts were read."""
+        chains = [self._chain(path) for path in call.modules]
+        used = np.array([sum(size for _, size in chain) for chain in chains] + [0], dtype=np.float64)
+        order = call.module if len(call) else np.zeros(0, np.int64)
+        runs = _runs(order)
+        window = used[order] if len(order) else np.zeros(0)
+        entered = _entered([chains[module] for module in order[runs]] if len(order) else [])
+        if self.ahead and len(order):
+            following = np.array([*(max((size for _, size in new), default=0) for new in entered[1:]), 0], dtype=np.float64)
+            lengths = np.diff([*runs.tolist(), len(order)])
+            window = window + np.repeat(_next_nonzero(following), lengths)
+        loaded = sum(size for new in entered for _, size in new)
+        return Passage((window * scale).astype(np.int64), round(loaded * scale), sum(len(new) for new in entered))
 
-    def _units_of(self, paths: tuple[str, ...]) -> Ints:
-        """The innermost unit that each module path belongs to, or -1."""
-        places = {prefix: index for index, (prefix, _) in enumerate(self.units)}
-        out = np.full(len(paths), -1, dtype=np.int64)
-        for row, path in enumerate(paths):
-            prefix = path
-            while prefix not in places and "." in prefix:
-                prefix = prefix.rpartition(".")[0]
-            out[row] = places.get(prefix, -1)
-        return out
-
-
-def _forward_fill(units: Ints) -> Ints:
-    """Between two units the earlier one is gone already: operations outside any unit hold none."""
-    return units
+    def _chain(self, path: str) -> tuple[tuple[int, int], ...]:
+        """Groups of the module and of all modules around it."""
+        found: dict[int, int] = {}
+        parts = path.split(".") if path else []
+        for length in range(len(parts) + 1):
+            unit = self.units.get(".".join(parts[:length]))
+            if unit is not None:
+                found[unit[0]] = unit[1]
+        return tuple(found.items())
 
 
-def window_plan(component: ComponentFacts, recipe: Recipe, size: int) -> WindowPlan:
-    """The units that sequential, leaf or block offload moves in one component."""
-    leaves = [(leaf.path, leaf.bytes) for leaf in component.leaves]
-    total = sum(bytes_ for _, bytes_ in leaves)
-    by_block = recipe.offload == "group_block" and component.block_paths and component.role != "vae"
-    if not by_block:
-        return WindowPlan(tuple(leaves), 0, 1 if recipe.offload_stream else 0, total)
-    blocks = list(component.block_paths)
-    grouped: dict[str, int] = {}
-    rest = 0
-    width = 1 if recipe.offload_stream else max(recipe.offload_blocks, 1)
-    for path, bytes_ in leaves:
-        block = next((prefix for prefix in blocks if path == prefix or path.startswith(prefix + ".")), None)
-        if block is None:
-            rest += bytes_
-        else:
-            grouped[block] = grouped.get(block, 0) + bytes_
-    units = [(block, grouped[block]) for block in blocks if block in grouped]
-    if width > 1:
-        units = _widened(units, width)
-    return WindowPlan(tuple(units), rest, 1 if recipe.offload_stream else 0, total)
+def _runs(order: Ints) -> Ints:
+    """Starts of the stretches in which one module runs."""
+    return np.flatnonzero(np.diff(order, prepend=-1)) if len(order) else np.zeros(0, np.int64)
 
 
-def _widened(units: list[tuple[str, int]], width: int) -> list[tuple[str, int]]:
-    """Every block of a group holds the whole group while it runs."""
-    out = []
-    for start in range(0, len(units), width):
-        group = units[start : start + width]
-        size = sum(bytes_ for _, bytes_ in group)
-        out += [(path, size) for path, _ in group]
+def _entered(chains: list[tuple[tuple[int, int], ...]]) -> list[tuple[tuple[int, int], ...]]:
+    """Per stretch, the groups that were not there in the stretch before."""
+    out, before = [], frozenset[int]()
+    for chain in chains:
+        out.append(tuple(unit for unit in chain if unit[0] not in before))
+        before = frozenset(number for number, _ in chain)
     return out
 
 
-def _power_of_two_sum(facts: PipelineFacts, sizes: Mapping[str, int], kept: set[str]) -> int:
-    """torch's pinned-memory cache rounds each block up to a power of two (ATen CachingHostAllocator)."""
-    total = 0
-    for component in facts.components:
-        if component.name in kept or component.name not in sizes:
-            continue
-        raw = sum(leaf.bytes for leaf in component.leaves)
-        scale = sizes[component.name] / raw if raw else 1.0
-        total += sum(1 << max(round(leaf.bytes * scale) - 1, 1).bit_length() for leaf in component.leaves if leaf.bytes)
-    return total
+def _next_nonzero(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Each place the first value from there on that is not zero."""
+    out = values.copy()
+    for place in range(len(out) - 2, -1, -1):
+        out[place] = values[place] or out[place + 1]
+    return out
+
+
+def window_plan(component: ComponentFacts, recipe: Recipe, size: int, literal: bool = False) -> WindowPlan:
+    """The units that sequential, leaf or block offload moves in one component that weighs ``size`` bytes unquantized.
+
+    ``literal``: block level as diffusers alone would do it; the planner takes leaves where blocks do not cover a component.
+    """
+    own = recipe.of(component.name)
+    stream = own.offload_stream and own.offload in ("group_block", "group_leaf")
+    bytes_of = _scaled_leaves(component, recipe, size)
+    if own.offload == "group_block" and (literal or moves_by_block(component)):
+        units = _block_units(component, bytes_of, 1 if stream else max(own.offload_blocks, 1))
+    else:
+        units = {path: (number, leaf) for number, (path, leaf) in enumerate(bytes_of.items())}
+    pinned = sum(1 << max(leaf - 1, 1).bit_length() for leaf in bytes_of.values() if leaf) if stream else 0
+    return WindowPlan(units, 0, stream, own.offload != "sequential" and not stream, pinned)
+
+
+def moves_by_block(component: ComponentFacts) -> bool:
+    """Whether block-level group offload covers every entry point; other components go by leaves (knobs/offload.py)."""
+    covered = component.role not in ("vae", "other") or bool(component.group_block_modules)
+    return bool(component.block_paths) and component.library == "diffusers" and covered
+
+
+def _scaled_leaves(component: ComponentFacts, recipe: Recipe, size: int) -> dict[str, int]:
+    scale = size / component.weight_bytes if component.weight_bytes else 1.0
+    stored = leaf_bytes(component, recipe.weights.get(component.name), scale)
+    return {leaf.path: bytes_ for leaf, bytes_ in zip(component.leaves, stored, strict=True)}
+
+
+def _block_units(component: ComponentFacts, bytes_of: Mapping[str, int], width: int) -> dict[str, tuple[int, int]]:
+    """Groups of ``width`` neighbouring blocks, brought in by any of them; the rest comes and goes with the whole component."""
+    grouped: dict[str, int] = {}
+    rest = 0
+    for path, size in bytes_of.items():
+        block = next((prefix for prefix in component.block_paths if path == prefix or path.startswith(prefix + ".")), None)
+        if block is None:
+            rest += size
+        else:
+            grouped[block] = grouped.get(block, 0) + size
+    units = {"": (0, rest)}
+    lists: dict[str, list[str]] = {}
+    for block in component.block_paths:
+        lists.setdefault(block.rpartition(".")[0], []).append(block)
+    number = 0
+    for blocks in lists.values():
+        for start in range(0, len(blocks), width):
+            group = blocks[start : start + width]
+            number += 1
+            units |= {block: (number, sum(grouped.get(each, 0) for each in group)) for block in group}
+    return units

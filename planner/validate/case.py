@@ -12,6 +12,7 @@ Subject = Literal["pipeline", "vae_decode", "denoiser"]
 Quantity = Literal["bytes", "seconds", "per_second", "percent", "flag"]
 Counter = Literal[
     "peak_allocated_bytes",
+    "resting_allocated_bytes",
     "peak_reserved_bytes",
     "device_used_bytes",
     "reserved_share",

@@ -1,0 +1,77 @@
+"""Bytes of weights as each scheme stores them, module by module."""
+
+from __future__ import annotations
+
+import re
+
+from planner.facts import ComponentFacts, Leaf
+from planner.types import DTYPE_BYTES
+
+STORED_BYTES: dict[str, float] = {
+    # Bytes per weight with its scales. torchao: int8 and fp8 keep one scale per row, which is below a thousandth;
+    # int4 keeps a 16-bit scale and zero per 128 weights. bitsandbytes nf4: an fp32 maximum per 64 weights.
+    "int8wo": 1.0,
+    "int8dq": 1.0,
+    "int8dq_2024": 1.0,
+    "fp8wo": 1.0,
+    "fp8dq": 1.0,
+    "int4wo": 0.5 + 4 / 128,
+    "nf4": 0.5 + 4 / 64,
+    "llm_int8": 1.0,
+    "quanto_int8": 1.0,
+    "quanto_fp8": 1.0,
+    "quanto_int4": 0.5 + 4 / 128,
+    "fp8_layerwise": 1.0,
+    # GGUF block sizes: ggml-quants.h (bytes per block over weights per block).
+    "gguf_q2_k": 84 / 256,
+    "gguf_q3_k": 110 / 256,
+    "gguf_q4_0": 18 / 32,
+    "gguf_q4_1": 20 / 32,
+    "gguf_q4_k": 144 / 256,
+    "gguf_q5_0": 22 / 32,
+    "gguf_q5_1": 24 / 32,
+    "gguf_q5_k": 176 / 256,
+    "gguf_q6_k": 210 / 256,
+    "gguf_q8_0": 34 / 32,
+    "gguf_bf16": 2.0,
+    "gguf_f16": 2.0,
+}
+LAYERWISE_SKIPS = ("pos_embed", "patch_embed", "norm", "^proj_in$", "^proj_out$")
+"""diffusers hooks/layerwise_casting.py, DEFAULT_SKIP_MODULES_PATTERN."""
+LAYERWISE_CLASSES = ("Linear", "Conv1d", "Conv2d", "Conv3d", "ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d")
+_BITSANDBYTES = ("nf4", "llm_int8")
+LOADED_ON_DEVICE = frozenset(_BITSANDBYTES)
+"""Schemes whose weights are quantized on the device while loading, whatever offload follows."""
+
+
+def leaf_bytes(component: ComponentFacts, scheme: str | None, scale: float = 1.0) -> list[int]:
+    """Stored bytes of each of the component's leaves; ``scale`` casts from the dtype that the facts were read in."""
+    if scheme is None or scheme == "none" or component.quantization:
+        return [round(leaf.bytes * scale) for leaf in component.leaves]
+    return [_stored(component, leaf, scheme, scale) for leaf in component.leaves]
+
+
+def _stored(component: ComponentFacts, leaf: Leaf, scheme: str, scale: float) -> int:
+    each = _element_bytes(component, leaf)
+    kept_in_fp32 = _is_kept(component, leaf.path)
+    if scheme == "fp8_layerwise":
+        skipped = kept_in_fp32 or any(re.search(pattern, leaf.path) for pattern in LAYERWISE_SKIPS)
+        casts = leaf.class_name in LAYERWISE_CLASSES and not skipped
+        return round(leaf.bytes / each if casts else leaf.bytes * scale)
+    elements = leaf.linear_weight_bytes / each
+    if not elements or leaf.path.endswith("lm_head"):
+        return round(leaf.bytes * scale)
+    if kept_in_fp32 and scheme in _BITSANDBYTES:
+        return round(leaf.bytes / each * 4)  # transformers keeps these modules in fp32 and out of bitsandbytes' hands
+    return round((leaf.bytes - leaf.linear_weight_bytes) * scale + elements * STORED_BYTES.get(scheme, 2.0))
+
+
+def _element_bytes(component: ComponentFacts, leaf: Leaf) -> float:
+    """Bytes per weight that the facts count: 4 for a module that fp16 loading keeps in fp32."""
+    if component.dtype == "fp16" and _is_kept(component, leaf.path):
+        return 4
+    return DTYPE_BYTES.get(component.dtype, 4)
+
+
+def _is_kept(component: ComponentFacts, path: str) -> bool:
+    return any(name in path.split(".") for name in component.keep_in_fp32)
