@@ -24,7 +24,7 @@ from planner.calibrate import (
     with_host_share,
 )
 from planner.calibrate import probe as probing
-from planner.calibrate.fit import call_of, fit_coefficients, parts_of
+from planner.calibrate.fit import _ASSUMED_RATES, call_of, fit_coefficients, kernel_seconds
 from planner.calibrate.grid import cpu_peak_signatures, matmul_signature, pointwise_signature, probe_signatures
 from planner.calibrate.heap import fresh_bytes, trim_bytes
 from planner.calibrate.identity import thread_count
@@ -290,7 +290,7 @@ TRUTH = {"matmul_share": 0.62, "convolution_share": 0.41, "attention_share": 0.3
 def synthetic_run(device: Device, number: int, noise: float, wild: bool = False) -> Run:
     """What a device with the coefficients TRUTH would have shown, with lognormal noise and, if asked, one in ten timings off by 5."""
     random = np.random.default_rng(number)
-    truth = default_coefficients(device).model_copy(update=TRUTH)
+    truth = default_coefficients(device).model_copy(update=TRUTH | dict.fromkeys(_ASSUMED_RATES))
     samples = []
     for index, text in enumerate(probe_signatures("cuda", ("fp16", "fp32"), False, 4 << 30)):
         operation = parse_signature(text)
@@ -361,11 +361,10 @@ def test_nothing_usable_is_an_error_that_says_what_to_do() -> None:
 def test_the_fit_times_operations_as_the_cost_model_does(device: Device) -> None:
     coefficients = default_coefficients(device).model_copy(update=TRUTH)
     operations = [parse_signature(text) for text in probe_signatures("cuda", ("fp16", "fp32"), False, 4 << 30)]
-    expected = [
-        call_time(call_of([operation]), device, coefficients, Recipe(channels_last=operation.variant == "channels_last")).kernel_seconds
-        for operation in operations
-    ]
-    assert parts_of(operations, device, default_coefficients(device)).seconds(TRUTH) == pytest.approx(np.array(expected), rel=1e-6)
+    for recipe in (Recipe(), Recipe(channels_last=True)):
+        call = call_of(operations)
+        expected = call_time(call, device, coefficients, recipe).kernel_seconds
+        assert float(kernel_seconds(call, device, coefficients, recipe).sum()) == pytest.approx(expected)
 
 
 def test_a_call_made_of_signatures_is_the_one_a_trace_would_have() -> None:

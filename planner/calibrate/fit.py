@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import statistics
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +12,7 @@ import numpy as np
 from planner.calibrate.samples import Rate, Run, Sample
 from planner.calibrate.signature import ITEM_BYTES, Operation, flops_of, parse_signature, weight_bytes
 from planner.cost.coefficients import Coefficients
-from planner.cost.kernels import call_time
+from planner.cost.kernels import compute_seconds, moving_seconds
 from planner.dryrun.trace import DTYPE_CODES, CallTrace, Floats, Kind, columns_from_rows
 from planner.recipe import Recipe
 from planner.types import Device
@@ -21,6 +21,7 @@ _KIND = {"mm": Kind.MATMUL, "addmm": Kind.MATMUL, "bmm": Kind.MATMUL, "convoluti
          "add": Kind.POINTWISE, "copy_": Kind.COPY}  # fmt: skip
 _SHARE_OF = {Kind.MATMUL: "matmul_share", Kind.CONVOLUTION: "convolution_share", Kind.ATTENTION: "attention_share"}
 _SHARE_RANGE, _KERNEL_RANGE = (0.005, 1.5), (1e-8, 1e-2)
+_ASSUMED_RATES = tuple(name for name in ("pointwise_bytes_per_flop",) if name in Coefficients.model_fields)
 _SCALE = 0.1
 """Residuals (of the logarithm) beyond this count linearly, not squared: one in ten wild timings does not move the fit."""
 
@@ -50,11 +51,14 @@ def fit_coefficients(runs: Iterable[Run], device: Device, base: Coefficients) ->
     measured = _medians(chosen)
     if not measured and not any(run.rates for run in chosen):
         raise CalibrationError(f"no run of {device.name} has a usable probe; run planner calibrate without other load.")
-    changes: dict[str, float] = {}
+    # Sums and copies of this very device were timed: no assumption about how fast it issues pointwise work is needed.
+    changes: dict[str, float | None] = {name: None for name in _ASSUMED_RATES if measured}
+    base = base.model_copy(update=changes)
     residuals = np.zeros(0)
     if measured:
-        changes, residuals = _fit_kernels(measured, device, base)
-    changes |= _host_figures(chosen, device, changes.get("kernel_seconds", base.kernel_seconds))
+        fitted_shares, residuals = _fit_kernels(measured, device, base)
+        changes |= fitted_shares
+    changes |= _host_figures(chosen, device, changes.get("kernel_seconds") or base.kernel_seconds)
     middle = float(np.median(np.abs(residuals))) if len(residuals) else 0.0
     told = f"measured: runs {', '.join(run.id for run in chosen)[:300]}; n = {len(measured)}"
     told = f"{told}; median residual {100 * math.expm1(middle):.1f} %"
@@ -91,54 +95,22 @@ def _medians(runs: Sequence[Run]) -> list[tuple[Operation, float]]:
 # -- kernels --------------------------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True, slots=True)
-class Parts:
-    """What the cost model makes of each probe, its coefficients taken out: seconds if every share were 1.
-
-    Time is ``max(compute / share, moved / bandwidth_share) + serial / bandwidth_share + kernels x kernel_seconds``.
-    """
-
-    share: tuple[str, ...]
-    """Name of the coefficient that each probe's compute is divided by."""
-    compute: Floats
-    moved: Floats
-    serial: Floats
-    kernels: Floats
-
-    def seconds(self, coefficients: Mapping[str, float]) -> Floats:
-        """Predicted seconds per probe."""
-        shares = np.array([coefficients[name] for name in self.share])
-        rate = coefficients["bandwidth_share"]
-        kernel = self.kernels * coefficients["kernel_seconds"]
-        return np.asarray(np.maximum(self.compute / shares, self.moved / rate) + self.serial / rate + kernel)
+def kernel_seconds(call: CallTrace, device: Device, coefficients: Coefficients, recipe: Recipe) -> Floats:
+    """Device time per operation as :func:`planner.cost.kernels.call_time` sums it, without probes and fusion."""
+    memory, serial = moving_seconds(call, device, coefficients, recipe)
+    compute = compute_seconds(call, device, coefficients, recipe, None)
+    return np.asarray(np.maximum(compute, memory) + serial + coefficients.kernel_seconds)
 
 
-def parts_of(operations: Sequence[Operation], device: Device, base: Coefficients) -> Parts:
-    """Take the cost model apart by asking it with extreme coefficients; only its public face is used."""
-    rows = np.array([_parts_of_one(operation, device, base) for operation in operations], dtype=np.float64).reshape(-1, 4)
-    shares = tuple(_SHARE_OF.get(_KIND[operation.base], "bandwidth_share") for operation in operations)
-    return Parts(shares, *(np.ascontiguousarray(rows[:, place]) for place in range(4)))
-
-
-_BOUNDLESS = 1e15
-"""A share so large that what it divides vanishes."""
-
-
-def _parts_of_one(operation: Operation, device: Device, base: Coefficients) -> tuple[float, float, float, float]:
-    call, recipe = call_of([operation]), Recipe(channels_last=operation.variant == "channels_last")
-
-    def seconds(share: float, bandwidth: float, kernel: float = 0.0) -> float:
-        tried = dict.fromkeys((*_SHARE_OF.values(), "cudnn_attention_share"), share)
-        tried |= {"bandwidth_share": bandwidth, "kernel_seconds": kernel}
-        return call_time(call, device, base.model_copy(update=tried), recipe).kernel_seconds
-
-    compute, moved = seconds(1.0, _BOUNDLESS), seconds(_BOUNDLESS, 1.0)
-    kernels = seconds(_BOUNDLESS, _BOUNDLESS, 1.0)
-    if compute < 1e-18:
-        return 0.0, moved, 0.0, kernels
-    # With ten times as much compute as traffic, what is above the compute must be serial.
-    serial = max(seconds(compute / (10 * moved), 1.0) - 10 * moved, 0.0)
-    return compute, moved - serial, serial, kernels
+def _calls(measured: Sequence[tuple[Operation, float]]) -> list[tuple[CallTrace, Recipe, Floats]]:
+    """Probes as the cost model sees operations: one call per memory format, with the logarithms of the seconds."""
+    out = []
+    for variant in ("", "channels_last"):
+        chosen = [(operation, seconds) for operation, seconds in measured if operation.variant == variant]
+        if chosen:
+            call = call_of([operation for operation, _ in chosen])
+            out.append((call, Recipe(channels_last=bool(variant)), np.log([seconds for _, seconds in chosen])))
+    return out
 
 
 def _fit_kernels(measured: Sequence[tuple[Operation, float]], device: Device, base: Coefficients) -> tuple[dict[str, float], Floats]:
@@ -146,11 +118,11 @@ def _fit_kernels(measured: Sequence[tuple[Operation, float]], device: Device, ba
 
     kinds = {_KIND[operation.base] for operation, _ in measured}
     names = (*(share for kind, share in _SHARE_OF.items() if kind in kinds), "bandwidth_share", "kernel_seconds")
-    parts = parts_of([operation for operation, _ in measured], device, base)
-    seen = np.log([seconds for _, seconds in measured])
+    calls = _calls(measured)
 
     def residuals(values: Floats) -> Floats:
-        return np.asarray(np.log(parts.seconds(dict(zip(names, np.exp(values).tolist(), strict=True)))) - seen)
+        tried = base.model_copy(update=dict(zip(names, np.exp(values).tolist(), strict=True)))
+        return np.concatenate([np.log(kernel_seconds(call, device, tried, recipe)) - seen for call, recipe, seen in calls])
 
     ranges = [_KERNEL_RANGE if name == "kernel_seconds" else _SHARE_RANGE for name in names]
     low, high = (np.log([limits[side] for limits in ranges]) for side in (0, 1))
@@ -249,4 +221,4 @@ def rates_of(rates: Iterable[Rate]) -> dict[str, float]:
     return {name: statistics.median(values) for name, values in found.items()}
 
 
-__all__ = ["Fit", "Parts", "call_of", "fit_coefficients", "parts_of", "rates_of"]
+__all__ = ["Fit", "call_of", "fit_coefficients", "kernel_seconds", "rates_of"]

@@ -30,6 +30,7 @@ _COLD_BYTES = 64 << 20
 _HOST_MEMORY_BYTES = 256 << 20
 _MAX_COPIES = 8
 _TOLD_EVERY_SECONDS = 1.0
+_PYTHON_ROUNDS = 9
 _EVICTED_BYTES = 4 << 20
 """Passed through between operations of the small model: more than the second-level cache of one core (1 to 2 MiB)."""
 
@@ -217,12 +218,13 @@ def launch_rates(device: torch.device) -> list[Rate]:
     buffer = torch.ones(_EVICTED_BYTES // 4)
     with torch.no_grad():
         evictions = model.run_evicting(lambda: None)
-    emptied = time_repetitions(lambda _: model.run_evicting(lambda: buffer.add_(1)), device, 0.5)
-    hooked = time_repetitions(lambda _: [buffer.add_(1) for _ in range(evictions)], device, 0.5)
-    each = sum(_median(time_repetitions(run.run, device, 0.002)) for run in alone)
-    beside = _median(hooked) + each
-    python = tuple(max(one - beside, 1e-9) for one in emptied)
-    return [_rate("launch", operations, timed), _rate("python", operations, python)]
+    python = []
+    for _ in range(_PYTHON_ROUNDS):  # in turn, so that a machine that slows down meanwhile slows both
+        emptied = _median(time_repetitions(lambda _: model.run_evicting(lambda: buffer.add_(1)), device, 0.0))
+        beside = _median(time_repetitions(lambda _: [buffer.add_(1) for _ in range(evictions)], device, 0.0))
+        each = sum(_median(time_repetitions(run.run, device, 0.0)) for run in alone)
+        python.append(max(emptied - beside - each, 1e-9))
+    return [_rate("launch", operations, timed), _rate("python", operations, tuple(python))]
 
 
 def _median(values: tuple[float, ...]) -> float:
