@@ -7,28 +7,26 @@ from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any
 
 from planner.cost.estimate import estimate_of
-from planner.cost.model import Cost, CostModel
+from planner.cost.model import CostModel
 from planner.errors import NoFeasiblePlan, UsageError
-from planner.knobs import normalize, violations
+from planner.knobs import knob, normalize, violations
 from planner.knobs.base import Context
+from planner.outcome import Outcome, choose, explain_choice
 from planner.plan import FrontierPoint, Plan, SearchCounts, WhatIf
 from planner.search import Candidate, Limits
 from planner.space import Space, build_space, recipe_of
-from planner.types import Alternative, Device, Estimate, KnobValue, Quality, Rejection, Settings
-from planner.units import format_bytes
+from planner.types import Alternative, Device, Estimate, KnobValue, Quality, Settings
+from planner.units import GIB, format_bytes
 
 if TYPE_CHECKING:
     from planner.autoplan import Request
     from planner.dryrun.provider import Traces
     from planner.models import ModelSource
 
-MAJOR = ("offload", "dtype", "compile", "attention", "vae_tiling", "vae_slicing", "channels_last", "quantization", "batch_split")
-"""Knobs whose other values are shown as the nearest alternatives."""
-MAX_ALTERNATIVES = 12
-SPLIT_MARGIN = 0.10
-"""Assumed: a split batch needs plan.run, so it must win by more than the model's doubt about two plans on one device."""
-MORE_MEMORY = (1.1, 1.25, 1.5, 2.0, 3.0, 5.0, 10.0)
-"""Budgets, in multiples of the present one, that are tried for "with so much more"."""
+HOST_NOTICE_BYTES = 16 * GIB
+"""Assumed: host memory that many desktops do not have free; where the host is unknown, more than this is pointed out."""
+STAGE_MARGIN = 0.02
+"""Time that a stage may lose to the best plan without any memory limit before more of the space is opened."""
 
 
 def decide(source: ModelSource, traces: Traces, model: CostModel, request: Request, *,
@@ -41,11 +39,43 @@ def decide(source: ModelSource, traces: Traces, model: CostModel, request: Reque
     """
     context = context_for(traces, model.device, request.quality)
     host = host_budget(request, model.device)
-    space = build_space(context, model, fix=request.fix, calls=request.calls, host_bytes=host, excluded=excluded)
-    chosen = _choose(space, request)
+    split_margin = model.coefficients.latency_error / 2
+    for stage in stages(context, request):
+        barred = {name: [*stage.get(name, ()), *(excluded or {}).get(name, ())] for name in {*stage, *(excluded or {})}}
+        space = build_space(context, model, fix=request.fix, calls=request.calls, host_bytes=host, excluded=barred)
+        chosen = choose(space, request.objective, split_margin=split_margin)
+        if chosen is not None and _good_enough(space, chosen):
+            break
+    outcome = explain_choice(space, chosen)
     if chosen is None:
-        raise _nothing_fits(space, model, request)
-    return _plan(source, traces, model, request, space, chosen)
+        raise _nothing_fits(space, model, outcome)
+    return _plan(source, traces, model, request, space, chosen, outcome)
+
+
+def stages(context: Context, request: Request) -> list[dict[str, list[KnobValue]]]:
+    """Values left out at first, ever fewer of them. Each needs dry runs of its own, and none of them is ever faster.
+
+    Tiling, smaller tiles and splitting the batch only save memory; fp32 saves nothing that 16 bit does not. So when
+    the best plan without them is as fast as the best without a memory limit, they cannot help and need not be traced.
+    """
+    if request.objective != "latency":
+        return [{}]
+    fixed = request.fix or {}
+
+    def beyond(name: str, keep: int = 1) -> list[KnobValue]:
+        return [] if name in fixed else list(knob(name).values(context)[keep:])
+
+    wide = context.device.kind != "cpu" and context.facts.dtype != "fp32" and "dtype" not in fixed
+    first: dict[str, list[KnobValue]] = {"dtype": ["fp32"] if wide else [], "batch_split": beyond("batch_split")}
+    small = first | {"vae_tile": beyond("vae_tile", 2)}
+    whole = first | {"vae_tiling": beyond("vae_tiling"), "vae_tile": beyond("vae_tile")}
+    return [whole, small, {}]
+
+
+def _good_enough(space: Space, chosen: Candidate) -> bool:
+    """As fast as the best plan without any limit, but for a margin that is far below the model's error."""
+    unlimited = space.solver.best(Limits())
+    return unlimited is not None and chosen.cost <= unlimited.cost * (1 + STAGE_MARGIN)
 
 
 def settings_estimate(traces: Traces, model: CostModel, settings: Settings, quality: Quality = "lossy") -> Estimate:
@@ -87,179 +117,62 @@ def host_budget(request: Request, device: Device) -> int | None:
     return device.host_free_bytes if device.kind != "cpu" else None
 
 
-# -- choosing ---------------------------------------------------------------------------------------------------------
-
-
-def _choose(space: Space, request: Request) -> Candidate | None:
-    """The optimum of the objective; a split batch only where it clearly wins or nothing unsplit fits."""
-    solver, limits = space.solver, space.limits
-    if request.objective == "memory":
-        return solver.leanest(stock_bytes=limits.stock_bytes) if solver.best(limits) is not None else None
-    if "batch_split" in space.fixed or request.objective == "throughput":
-        return solver.best(limits)
-    whole = solver.best(limits, {"batch_split": 1})
-    if whole is None:
-        return solver.best(limits)
-    unlimited = solver.best(Limits(), {"batch_split": 1})
-    if unlimited is not None and whole.cost * (1 - SPLIT_MARGIN) <= unlimited.cost:
-        return whole  # no split is faster than the unsplit optimum without a limit, so none can win by the margin
-    split = solver.best(limits)
-    return split if split is not None and split.cost < whole.cost * (1 - SPLIT_MARGIN) else whole
-
-
-def _nothing_fits(space: Space, model: CostModel, request: Request) -> NoFeasiblePlan:
-    leanest = space.solver.leanest(stock_bytes=space.limits.stock_bytes) or space.solver.leanest()
-    if leanest is None:
-        return NoFeasiblePlan("the rules leave no combination of these fixed knobs; leave one of them free.")
-    budget, host = space.limits.bytes, space.limits.stock_bytes
-    missing = max(leanest.needed_bytes - (budget or leanest.needed_bytes), 0)
-    short_host = max(leanest.stock_bytes - (host if host is not None else leanest.stock_bytes), 0)
-    changes = _text({name: value for name, value in leanest.settings.items() if space.baseline.get(name) != value})
-    what = f"{format_bytes(missing)} more than the budget of {format_bytes(budget)}"
-    if not missing:
-        what = f"{format_bytes(short_host)} more host memory than there is"
-    message = (
-        f"nothing fits: the leanest plan ({changes or 'the pipeline as it is'}) needs {format_bytes(leanest.needed_bytes)}, {what}. "
-        "Lower batch_size or the resolution, free memory, or allow quality='lossy'."
-    )
-    return NoFeasiblePlan(message, leanest=_alternative(model, space, leanest), shortfall_bytes=missing or short_host)
-
-
 # -- the plan ---------------------------------------------------------------------------------------------------------
 
 
-def _plan(source: ModelSource, traces: Traces, model: CostModel, request: Request, space: Space, chosen: Candidate) -> Plan:
-    recipe = space.recipe(_plain(chosen.settings))
-    cost = model.cost(recipe)
-    predicted = estimate_of(model, recipe, cost)
-    rivals = _rivals(space, chosen)
+def _nothing_fits(space: Space, model: CostModel, outcome: Outcome) -> NoFeasiblePlan:
+    leanest, budget = outcome.leanest, space.limits.bytes
+    if leanest is None:
+        return NoFeasiblePlan("the rules leave no combination of these fixed knobs; leave one of them free.")
+    changes = {name: value for name, value in leanest.settings.items() if space.baseline.get(name) != value}
+    named = ", ".join(f"{name}={value}" for name, value in changes.items()) or "the pipeline as it is"
+    short = outcome.shortfall_bytes or 0
+    if budget is not None and leanest.needed_bytes > budget:
+        where = f" in {outcome.short_phase}" if outcome.short_phase else ""
+        lacks = f"needs {format_bytes(leanest.needed_bytes)}{where}, {format_bytes(short)} more than the budget of {format_bytes(budget)}"
+    else:
+        lacks = f"needs {format_bytes(leanest.stock_bytes)} of host memory, {format_bytes(short)} more than there is"
+    message = f"nothing fits: the leanest plan ({named}) {lacks}. Lower batch_size or the resolution, or free memory."
+    return NoFeasiblePlan(message, leanest=_alternative(model, space, leanest), shortfall_bytes=short)
+
+
+def _plan(source: ModelSource, traces: Traces, model: CostModel, request: Request, space: Space, chosen: Candidate,
+          outcome: Outcome) -> Plan:  # fmt: skip
+    predicted = estimate_of(model, space.recipe(_plain(chosen.settings)))
     alternatives = [Alternative(settings=_plain(chosen.settings), predicted=predicted)]
-    alternatives += [_alternative(model, space, item) for item in rivals]
-    baseline = space.solver.evaluate(space.baseline)
+    alternatives += [_alternative(model, space, item) for item in outcome.alternatives if item.values != chosen.values]
     return Plan(
         model=source.name, pipeline_class=traces.facts.class_name, digest=source.digest, workload=traces.workload, device=model.device,
         quality=request.quality, objective=request.objective, calls=request.calls, settings=_plain(chosen.settings),
-        baseline=dict(space.baseline), predicted=predicted, baseline_predicted=_estimate(model, space, baseline, detailed=False),
-        alternatives=tuple(sorted(alternatives, key=lambda item: item.predicted.latency_seconds)),
-        rejected=tuple(_rejections(space, chosen, rivals, model)), frontier=tuple(_frontier(space, chosen, rivals)),
-        binding=_binding(space, chosen, cost), what_if=_what_if(space, chosen),
-        counts=SearchCounts(candidates=space.problem.size, evaluated=space.solver.evaluations),
-        warnings=tuple(_warnings(traces, model, space, chosen, predicted)), notes=tuple(dict.fromkeys((*source.notes, *traces.notes))),
+        baseline=dict(space.baseline), predicted=predicted,
+        baseline_predicted=_estimate(model, space, outcome.baseline), alternatives=tuple(alternatives), rejected=outcome.rejected,
+        frontier=tuple(_point(space, item) for item in outcome.frontier), binding=outcome.binding, what_if=_more(outcome),
+        counts=SearchCounts(candidates=outcome.candidates, evaluated=outcome.evaluated),
+        warnings=tuple(_warnings(model, space, chosen, predicted)), notes=tuple(dict.fromkeys((*source.notes, *traces.notes))),
     )  # fmt: skip
 
 
-def _rivals(space: Space, chosen: Candidate) -> list[Candidate]:
-    """The best plan for every other value of the major knobs, those that fit, nearest first."""
-    found: dict[tuple[Any, ...], Candidate] = {}
-    for name in MAJOR:
-        axis = next((item for item in space.problem.axes if item.name == name), None)
-        for value in axis.values if axis is not None else ():
-            if value != chosen.settings[name]:
-                rival = space.solver.best(space.limits, _beside(chosen, name, value))
-                if rival is not None:
-                    found[rival.values] = rival
-    return sorted(found.values(), key=lambda item: item.rank)[:MAX_ALTERNATIVES]
+def _point(space: Space, item: Candidate) -> FrontierPoint:
+    return FrontierPoint(peak_allocated_bytes=item.needed_bytes, latency_seconds=item.nanoseconds / 1e9,
+                         settings=_plain(item.settings), fits=item.fits(space.limits))  # fmt: skip
 
 
-def _rejections(space: Space, chosen: Candidate, rivals: list[Candidate], model: CostModel) -> list[Rejection]:
-    found = [Rejection(settings={name: value}, kind="rule", reason=reason) for name, value, reason in space.left_out]
-    for name in MAJOR:
-        axis = next((item for item in space.problem.axes if item.name == name), None)
-        for value in axis.values if axis is not None else ():
-            if value == chosen.settings[name]:
-                continue
-            found.append(_why_not(space, chosen, name, value, model))
-    lost = [item for item in (space.solver.evaluate(space.baseline),) if not item.fits(space.limits)]
-    for item in lost:
-        found.insert(0, _too_big(space, item, dict(space.baseline), "leaving the pipeline as it is", model))
-    return found
+def _more(outcome: Outcome) -> WhatIf | None:
+    hint = outcome.what_if
+    return None if hint is None else WhatIf(extra_bytes=hint.extra_bytes, settings=_plain(hint.candidate.settings), speedup=hint.speedup)
 
 
-def _beside(chosen: Candidate, name: str, value: Any) -> dict[str, Any]:
-    """One knob at another value, the batch split as chosen unless it is that knob."""
-    return {"batch_split": chosen.settings["batch_split"]} | {name: value}
-
-
-def _why_not(space: Space, chosen: Candidate, name: str, value: Any, model: CostModel) -> Rejection:
-    fixed = _beside(chosen, name, value)
-    best = space.solver.best(space.limits, fixed)
-    settings = {name: value}
-    count = space.problem.size // len(next(axis.values for axis in space.problem.axes if axis.name == name))
-    if best is not None:
-        ratio = best.cost / max(chosen.cost, 1)
-        reason = "no faster, and departs further from the pipeline as it is"
-        if ratio > 1.005:
-            reason = f"{(ratio - 1) * 100:.0f} % slower at best"
-        return Rejection(settings=settings, kind="time", reason=reason, count=count)
-    leanest = space.solver.leanest(fixed, space.limits.stock_bytes)
-    if leanest is None:
-        return Rejection(settings=settings, kind="rule", reason="conflicts with what else is needed here", count=count)
-    return _too_big(space, leanest, settings, "at its leanest", model, count)
-
-
-def _too_big(space: Space, item: Candidate, settings: dict[str, Any], what: str, model: CostModel, count: int = 1) -> Rejection:
-    budget, host = space.limits.bytes, space.limits.stock_bytes
-    if budget is not None and item.needed_bytes > budget:
-        short = item.needed_bytes - budget
-        cost = model.cost(space.recipe(_plain(item.settings)))
-        phase = max(cost.phases, key=lambda part: part.peak_bytes, default=None)
-        name = cost.trace.calls[phase.call].name if phase is not None else None
-        reason = f"{what} it needs {format_bytes(item.needed_bytes)}, {format_bytes(short)} too much" + (f" (in {name})" if name else "")
-        return Rejection(settings=_plain(settings), kind="memory", reason=reason, shortfall_bytes=short, phase=name, count=count)
-    short = item.stock_bytes - (host or 0)
-    return Rejection(settings=_plain(settings), kind="host", reason=f"{what} it needs {format_bytes(item.stock_bytes)} of host memory",
-                     shortfall_bytes=short, count=count)  # fmt: skip
-
-
-def _frontier(space: Space, chosen: Candidate, rivals: list[Candidate]) -> list[FrontierPoint]:
-    """Least time for ever smaller budgets, from no limit down to the leanest plan. No point is beaten in both."""
-    split = {"batch_split": chosen.settings["batch_split"]}
-    points, limit = [], None
-    for _ in range(12):
-        best = space.solver.best(Limits(limit, space.limits.stock_bytes), split)
-        if best is None:
-            break
-        points.append(FrontierPoint(peak_allocated_bytes=best.needed_bytes, latency_seconds=best.nanoseconds / 1e9,
-                                    settings=_plain(best.settings), fits=best.fits(space.limits)))  # fmt: skip
-        limit = best.needed_bytes - max(best.needed_bytes // 20, 1)
-    return points
-
-
-def _binding(space: Space, chosen: Candidate, cost: Cost) -> str:
-    """What limits the chosen plan now: the memory of a phase that a faster plan would overflow, or how its time is spent."""
-    free = space.solver.best(Limits(None, space.limits.stock_bytes), {"batch_split": chosen.settings["batch_split"]})
-    longest = max(cost.phases, key=lambda phase: phase.seconds)
-    name = cost.trace.calls[longest.call].name
-    spent = "transfer" if longest.transfer_seconds > longest.compute_seconds else longest.cost.time.bound
-    if free is not None and free.cost < 0.995 * chosen.cost:
-        top = max(cost.phases, key=lambda phase: phase.peak_bytes)
-        peak = cost.trace.calls[top.call].name
-        return f"memory: {peak} sets the peak, and every faster plan needs more than the budget; time goes to {name} ({spent}-bound)"
-    return f"{spent}: {name} takes most of the time; memory does not limit the choice"
-
-
-def _what_if(space: Space, chosen: Candidate) -> WhatIf | None:
-    """The nearest larger budget that would change the choice for the better."""
-    budget = space.limits.bytes
-    if budget is None:
-        return None
-    split = {"batch_split": chosen.settings["batch_split"]}
-    for factor in MORE_MEMORY:
-        better = space.solver.best(Limits(int(budget * factor), space.limits.stock_bytes), split)
-        if better is not None and better.cost < 0.98 * chosen.cost:
-            return WhatIf(extra_bytes=better.needed_bytes - budget, settings=_plain(better.settings), speedup=chosen.cost / better.cost)
-    return None
-
-
-def _warnings(traces: Traces, model: CostModel, space: Space, chosen: Candidate, predicted: Estimate) -> list[str]:
+def _warnings(model: CostModel, space: Space, chosen: Candidate, predicted: Estimate) -> list[str]:
     found = []
     if int(chosen.settings["batch_split"]) > 1:
         found.append(f"the batch runs in {chosen.settings['batch_split']} calls: use plan.run(pipe, …), not pipe(…)")
     if predicted.basis != "measured":
         here = "run: planner calibrate" if model.device.free_bytes is not None else "on that machine run: planner calibrate"
         found.append(f"times rest on {predicted.basis} coefficients, not on measurements of this device; {here}")
-    if chosen.settings["dtype"] != space.baseline["dtype"] and chosen.settings["dtype"] == "fp16":
+    if chosen.settings["dtype"] == "fp16" and space.baseline["dtype"] != "fp16":
         found.append("fp16 can overflow to black pictures in models that were not trained for it; autoplan checks the output")
+    if space.limits.stock_bytes is None and predicted.host_bytes > HOST_NOTICE_BYTES:
+        found.append(f"needs {format_bytes(predicted.host_bytes)} of host memory; to plan within yours add --host-memory, such as 32GiB")
     fallbacks = model.trace_for(space.recipe(_plain(chosen.settings))).fallbacks
     if fallbacks:
         found.append(f"{len(fallbacks)} operations could not be traced exactly: {', '.join(fallbacks[:3])}")
@@ -267,17 +180,13 @@ def _warnings(traces: Traces, model: CostModel, space: Space, chosen: Candidate,
 
 
 def _alternative(model: CostModel, space: Space, item: Candidate) -> Alternative:
-    return Alternative(settings=_plain(item.settings), predicted=_estimate(model, space, item, detailed=False))
+    return Alternative(settings=_plain(item.settings), predicted=_estimate(model, space, item))
 
 
-def _estimate(model: CostModel, space: Space, item: Candidate, *, detailed: bool) -> Estimate:
-    estimate = estimate_of(model, space.recipe(_plain(item.settings)), detailed=detailed)
-    return estimate if detailed else estimate.model_copy(update={"terms": ()})
+def _estimate(model: CostModel, space: Space, item: Candidate) -> Estimate:
+    """Without the replay of the allocator and the single terms, which only the chosen plan is shown with."""
+    return estimate_of(model, space.recipe(_plain(item.settings)), detailed=False).model_copy(update={"terms": ()})
 
 
 def _plain(settings: Mapping[str, Any]) -> dict[str, KnobValue]:
     return {name: value for name, value in settings.items() if isinstance(value, bool | int | str)}
-
-
-def _text(settings: Mapping[str, Any]) -> str:
-    return ", ".join(f"{name}={value}" for name, value in settings.items())
