@@ -39,6 +39,8 @@ class Recipe:
     fused_qkv: bool = False
     tf32: bool = False
     cudnn_benchmark: bool = False
+    settled: bool = False
+    """The first run, in which cuDNN searches for algorithms, is over and its cache given back."""
     chunked_forward: bool = False
     weights: Mapping[str, str] = field(default_factory=dict)
     """Component to weight scheme: ``int8wo fp8wo int8dq fp8dq int4wo nf4 fp8_layerwise``."""

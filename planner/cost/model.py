@@ -127,6 +127,7 @@ class Local:
     tf32: bool
     fused_qkv: bool
     cudnn_benchmark: bool
+    settled: bool
     chunked_forward: bool
     scheme: str | None
 
@@ -139,7 +140,7 @@ class Local:
         """A recipe for this component alone."""
         return Recipe(attention=self.attention, channels_last=self.channels_last, fusion=self.fusion, cuda_graphs=self.cuda_graphs,
                       autotuned=self.autotuned, tf32=self.tf32, fused_qkv=self.fused_qkv, cudnn_benchmark=self.cudnn_benchmark,
-                      chunked_forward=self.chunked_forward)  # fmt: skip
+                      settled=self.settled, chunked_forward=self.chunked_forward)  # fmt: skip
 
     def for_time(self, single: bool) -> Local:
         """What of it changes time: how a graph was compiled does not, nor TF32 without ``single``-precision operations."""
@@ -162,6 +163,7 @@ def localized(recipe: Recipe, role: str, component: str) -> Local:
         tf32=recipe.tf32,
         fused_qkv=recipe.fused_qkv and denoises,
         cudnn_benchmark=recipe.cudnn_benchmark and convolves,
+        settled=recipe.settled,
         chunked_forward=recipe.chunked_forward and denoises,
         scheme=weights.get(component),
     )
@@ -209,7 +211,8 @@ class CostModel:
         """One distinct call with all its repetitions. Reads the trace's, the offload's and its own component's recipe fields."""
         counts, helds, _ = self._held(trace)
         cost = self.call_cost(trace, index, recipe, placed)
-        moved = transfer_seconds(placed, index, counts[index], cost.time, self.device, self.coefficients, recipe)
+        moved = transfer_seconds(placed, index, counts[index], cost.time, self.device, self.coefficients, recipe,
+                                 trace.calls[index].component)  # fmt: skip
         compute = self.compute_seconds(trace, index, cost.time, recipe)
         graphs = self._local(trace, index, recipe).cuda_graphs
         return PhaseCost(index, counts[index], placed.resident_bytes[index], helds[index], cost, compute, moved, graphs)
@@ -230,7 +233,7 @@ class CostModel:
         return AroundCost(
             self._glue_peak(trace, placed), self._blas(trace), self._glue_seconds(trace, self._held(trace)[2], recipe),
             trace.to_host_bytes / self.coefficients.picture_bytes_per_second, self._placing_seconds(recipe, weights),
-            self._setup_peak(recipe, weights))  # fmt: skip
+            self._setup_peak(recipe, weights, self._tuning_bytes(trace, recipe)))  # fmt: skip
 
     def forget(self) -> None:
         """Drop shared evaluations, after a correction changed."""
@@ -271,7 +274,7 @@ class CostModel:
         live = np.minimum(call.fused_live_bytes, call.live_bytes) if local.fused else call.live_bytes
         slim, which = self._condensed(call)
         workspace = operator_bytes(slim, self.device, recipe, None if local.fused else scheme)[which]
-        if local.cudnn_benchmark and self.device.kind == "cuda":
+        if local.cudnn_benchmark and not local.settled and self.device.kind == "cuda":
             workspace = workspace + (call.kind == Kind.CONVOLUTION) * (call.read_bytes + call.write_bytes)
         moving = window if window is not None else np.zeros(len(call), dtype=np.int64)
         if len(moving) != len(call):  # another VAE mode has other operations; the largest unit bounds its window
@@ -373,12 +376,26 @@ class CostModel:
             seconds += len(set(call.shape[call.kind == Kind.MATMUL].tolist())) * self.coefficients.autotune_seconds_per_matmul
         return seconds
 
-    def _setup_peak(self, recipe: Recipe, weights: Mapping[str, int]) -> int:
-        """Most device memory while the plan is being put in force: all resident weights at once, nothing running."""
+    def _setup_peak(self, recipe: Recipe, weights: Mapping[str, int], tuning_bytes: int) -> int:
+        """Most device memory while the plan is being put in force: resident weights, and what autotuning compares."""
         if recipe.offload == "none":
-            return sum(weights.values())
-        quantized_there = {name for name, scheme in recipe.weights.items() if scheme in LOADED_ON_DEVICE}
-        return sum(weights[name] for name in recipe.resident | quantized_there if name in weights)
+            there = {name for name in weights if recipe.of(name).offload in ("none", "model")}
+        else:
+            there = set(recipe.resident) | {name for name, scheme in recipe.weights.items() if scheme in LOADED_ON_DEVICE}
+        return sum(weights[name] for name in there if name in weights) + tuning_bytes
+
+    def _tuning_bytes(self, trace: PipelineTrace, recipe: Recipe) -> int:
+        """Autotuning runs each convolution on made-up data: input, its copy in the other layout, result and reference.
+
+        Source: torch _inductor/select_algorithm.py; FLUX with a compiled VAE at batch 16 peaks 4 x 8 GiB above its weights.
+        """
+        most = 0
+        for index in range(len(trace.calls)):
+            if self._local(trace, index, recipe).autotuned:
+                call = self.variant(trace, index, recipe)
+                inputs = np.maximum(call.read_bytes - call.param_bytes, 0)
+                most = max(most, int((2 * (inputs + call.write_bytes) * (call.kind == Kind.CONVOLUTION)).max(initial=0)))
+        return most
 
 
 def _placements(recipe: Recipe) -> tuple[object, ...]:

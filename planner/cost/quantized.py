@@ -40,6 +40,8 @@ LAYERWISE_SKIPS = ("pos_embed", "patch_embed", "norm", "^proj_in$", "^proj_out$"
 """diffusers hooks/layerwise_casting.py, DEFAULT_SKIP_MODULES_PATTERN."""
 LAYERWISE_CLASSES = ("Linear", "Conv1d", "Conv2d", "Conv3d", "ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d")
 _BITSANDBYTES = ("nf4", "llm_int8")
+IMMOVABLE = frozenset({"llm_int8"})
+"""Schemes whose modules refuse to leave the device (transformers: "`.to` is not supported for 8-bit models")."""
 LOADED_ON_DEVICE = frozenset(_BITSANDBYTES)
 """Schemes whose weights are quantized on the device while loading, whatever offload follows."""
 

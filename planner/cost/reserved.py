@@ -6,9 +6,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from planner.cost.allocator import CachingAllocator, Block, replay
+from planner.cost.allocator import Block, CachingAllocator, replay
 from planner.cost.model import Cost, CostModel, PhaseCost, localized
-from planner.cost.quantized import leaf_bytes
+from planner.cost.quantized import IMMOVABLE, leaf_bytes
 from planner.cost.residency import resting_bytes, tied_bytes
 from planner.cost.workspace import operator_bytes
 from planner.facts import ComponentFacts
@@ -52,7 +52,7 @@ class _Run:
 
     def _stays(self, component: ComponentFacts) -> bool:
         facts, own = self.model.traces.facts, self.recipe.of(component.name).offload
-        kept = component.name in facts.excluded_from_offload
+        kept = component.name in facts.excluded_from_offload or self.recipe.weights.get(component.name) in IMMOVABLE
         kept |= component.name in self.recipe.resident and component.name not in self.recipe.only
         return own == "none" or kept
 

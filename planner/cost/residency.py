@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
 
-from planner.cost.quantized import leaf_bytes
+from planner.cost.quantized import IMMOVABLE, leaf_bytes
 from planner.dryrun.trace import CallTrace, Ints, PipelineTrace
 from planner.facts import ComponentFacts, PipelineFacts
 from planner.recipe import Recipe
@@ -78,7 +78,7 @@ def residency(facts: PipelineFacts, trace: PipelineTrace, recipe: Recipe) -> Res
     """Simulate the recipe's offload strategy over the calls that the pipeline really made, in their order."""
     sizes = component_bytes(facts, trace, recipe)
     if recipe.offload == "model":
-        return _model_offload(facts, trace, sizes)
+        return _model_offload(facts, trace, sizes, {name for name, scheme in recipe.weights.items() if scheme in IMMOVABLE})
     if any(recipe.of(part.name).offload in _WINDOWED for part in facts.components):
         return _windowed(facts, trace, recipe, sizes)
     return _all_resident(facts, trace, sizes)
@@ -104,7 +104,7 @@ def _all_resident(facts: PipelineFacts, trace: PipelineTrace, sizes: Mapping[str
     return Residency(resident, (None,) * len(trace.calls), none, none, none, total, 0, 0)
 
 
-def _model_offload(facts: PipelineFacts, trace: PipelineTrace, sizes: Mapping[str, int]) -> Residency:
+def _model_offload(facts: PipelineFacts, trace: PipelineTrace, sizes: Mapping[str, int], immovable: Set[str]) -> Residency:
     """accelerate's hook chain: a component that runs sends its predecessor in the chain back and comes over itself.
 
     Source: diffusers ``DiffusionPipeline.enable_model_cpu_offload`` and accelerate ``CpuOffload``. Components outside the
@@ -112,7 +112,7 @@ def _model_offload(facts: PipelineFacts, trace: PipelineTrace, sizes: Mapping[st
     """
     chain = [name for name in facts.offload_sequence if name in sizes]
     predecessor = {name: chain[index - 1] for index, name in enumerate(chain) if index}
-    always = {name for name in facts.excluded_from_offload if name in sizes}
+    always = {name for name in sizes if name in facts.excluded_from_offload or name in immovable}
     on_device = set(always)
     count = len(trace.calls)
     resident, onload, offload, moves = ([0] * count for _ in range(4))

@@ -46,6 +46,8 @@ class Case(Frozen):
     """Components that were not loaded."""
     replaced: dict[str, str] = Field(default_factory=dict)
     """Components exchanged for another checkpoint."""
+    second_run: bool = False
+    """Counted in a second run, after the first one's search for algorithms."""
     scheduler: str | None = None
     quantization_library: str | None = None
     gpu: str | None = None

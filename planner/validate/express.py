@@ -167,7 +167,7 @@ def _published(row: PublishedRow) -> Case:
     return Case(
         row=_name(row), series=_series(row), source=row.source, grade=row.grade or None, model=model,
         pipeline_class=name, subject=subject, workload=workload, settings=settings, inputs=remarks.inputs,
-        without=tuple(remarks.without), replaced=remarks.replaced, scheduler=remarks.scheduler,
+        without=tuple(remarks.without), replaced=remarks.replaced, scheduler=remarks.scheduler, second_run=remarks.second_run,
         quantization_library=library, gpu=gpu, gpu_memory_bytes=gpu_bytes,
         torch_version=row.torch_version or None, diffusers_version=row.diffusers_version or None,
         metric=row.metric, counter=counted.counter, quantity=counted.quantity, measured=row.value,

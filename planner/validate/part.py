@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from planner.cost.model import TraceSource
-from planner.dryrun.trace import Event, PipelineTrace, VaeMode
+from planner.dryrun.trace import CallTrace, Event, PipelineTrace, VaeMode
 from planner.facts import PipelineFacts
 from planner.types import Workload
 from planner.validate.case import Case
+from planner.validate.history import cogvideox_kept_one_cache, with_one_cache
 
 NOTHING = Event(-1, 0, 0, 0, 0, 0)
 
@@ -31,6 +33,8 @@ class Part:
     source: WholeTraces
     absent: frozenset[str]
     alone: tuple[str, str] | None = None
+    change: Callable[[CallTrace], CallTrace] | None = None
+    """What an earlier release made of the VAE's decode."""
     _kept: dict[int, PipelineTrace] = field(default_factory=dict)
 
     @property
@@ -60,9 +64,9 @@ class Part:
         place = {index: number for number, index in enumerate(kept)}
         events = tuple(replace(event, call=place[event.call]) for event in trace.events if event.call in place)
         changes = {
-            "calls": tuple(trace.calls[index] for index in kept),
+            "calls": tuple(self._as_then(trace.calls[index]) for index in kept),
             "events": events,
-            "variants": {(place[index], mode): call for (index, mode), call in trace.variants.items() if index in place},
+            "variants": {(place[index], mode): self._as_then(call) for (index, mode), call in trace.variants.items() if index in place},
             "refused": {(place[index], mode): why for (index, mode), why in trace.refused.items() if index in place},
         }
         if self.alone is not None:
@@ -75,6 +79,10 @@ class Part:
         return replace(trace, **changes)  # type: ignore[arg-type]
 
 
+    def _as_then(self, call: CallTrace) -> CallTrace:
+        return self.change(call) if self.change is not None and call.method == "decode" else call
+
+
 def part_of(case: Case, traces: WholeTraces) -> Part:
     """The traces as the row's subject and its missing components leave them."""
     alone = None
@@ -82,4 +90,4 @@ def part_of(case: Case, traces: WholeTraces) -> Part:
         alone = (traces.facts.of_role("vae")[0].name, "decode")
     elif case.subject == "denoiser":
         alone = (traces.facts.of_role("denoiser")[0].name, "forward")
-    return Part(traces, frozenset(case.without), alone)
+    return Part(traces, frozenset(case.without), alone, with_one_cache if cogvideox_kept_one_cache(case) else None)

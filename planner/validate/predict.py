@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -18,6 +19,7 @@ from planner.models import ModelSource, resolve
 from planner.models.layout import Component
 from planner.recipe import Recipe
 from planner.types import Device, KnobValue, Workload
+from planner.units import MIB
 from planner.validate.case import Case, Prediction
 from planner.validate.counters import value_from_estimate
 from planner.validate.part import Part, part_of
@@ -33,34 +35,51 @@ _SCHEMES = {
 }
 """(library, scheme as the table's words give it) to the scheme of the cost model, where they differ."""
 
+OLD_CONTEXT_BYTES = 1150 * MIB
+"""CUDA 11 with cuDNN 8, which keeps all its kernels loaded: what NVML showed above torch's segments in the ONNX Runtime
+table, batch 1: 0.96 GiB on a T4, 1.16 on an RTX 3060, 1.5 on an A100."""
+_SCHEMES_2024 = {"int8dq": "int8dq_2024"}
+"""Schemes whose kernels were others with torch 2.5 and older: torchao made int8 products of few rows on the host."""
+
 
 def predictor(*, calibrate: str = "never") -> Predict:
     """A function that predicts rows. ``calibrate``: "never" uses shipped coefficients, else those stored for the device.
 
     Rows are predicted for the card they name, at its full size less the CUDA context.
     """
-    return _Predictor(calibrate).predict
+    return Predictor(calibrate).predict
 
 
 @dataclass(slots=True)
-class _Predictor:
-    calibrate: str
+class Predictor:
+    """Prices rows, with traces and cost models shared between them."""
+
+    calibrate: str = "never"
+    fitted: dict[str, Coefficients] = field(default_factory=dict)
+    """Card name to coefficients that replace the shipped ones."""
     _traces: dict[str, Traces] = field(default_factory=dict)
     _models: dict[object, CostModel] = field(default_factory=dict)
 
     def predict(self, case: Case) -> Prediction:
         """Raises PlannerError: the row's model, card or settings are none that the planner knows."""
+        model, recipe = self.priced(case)
+        return value_from_estimate(case, estimate_of(model, recipe), model.device)
+
+    def priced(self, case: Case) -> tuple[CostModel, Recipe]:
+        """The cost model that prices a row, and the row's recipe. Raises PlannerError as :meth:`predict` does."""
         device = card(case)
         model = self._model(case, device)
-        recipe = recipe_of(case, model.traces.facts, device)
-        return value_from_estimate(case, estimate_of(model, recipe), device)
+        return model, recipe_of(case, model.traces.facts, device)
 
     def _model(self, case: Case, device: Device) -> CostModel:
         traces = self._part(case)
-        coefficients = self._coefficients(device)
-        key = (id(traces.source), traces.absent, traces.alone, device.name, device.total_bytes)
+        coefficients = _then(case, self.fitted.get(device.name) or self._coefficients(device))
+        key = (id(traces.source), traces.absent, traces.alone, traces.change, device.name, device.total_bytes, coefficients.context_bytes)
         if key not in self._models:
             self._models[key] = CostModel(traces, device, coefficients, traces.workload.batch_size)
+        elif self._models[key].coefficients != coefficients:
+            self._models[key].coefficients = coefficients
+            self._models[key].forget()
         return self._models[key]
 
     def _part(self, case: Case) -> Part:
@@ -77,6 +96,13 @@ class _Predictor:
         from planner.calibrate import calibration_for
 
         return calibration_for(device, mode=self.calibrate).coefficients
+
+
+def _then(case: Case, coefficients: Coefficients) -> Coefficients:
+    """The coefficients with what was otherwise when the row was measured."""
+    if not re.match(r"1\.|2\.0", case.torch_version or ""):
+        return coefficients
+    return coefficients.model_copy(update={"context_bytes": OLD_CONTEXT_BYTES})
 
 
 # -- the card ---------------------------------------------------------------------------------------------------------
@@ -153,8 +179,8 @@ def recipe_of(case: Case, facts: Any, device: Device) -> Recipe:
     """What the row's settings mean physically. They were run, so no rule of the planner forbids them."""
     context = Context(facts=facts, device=device, workload=case.workload, quality="lossy")
     plain = {name: value for name, value in case.settings.items() if "." not in name}
-    weights = quantized(str(plain.pop("quantization", "none")), case.quantization_library)
-    recipe = _shaped(Recipe(weights=weights), plain, context)
+    weights = quantized(str(plain.pop("quantization", "none")), case.quantization_library, case.torch_version)
+    recipe = _shaped(Recipe(weights=weights, settled=case.second_run), plain, context)
     own: dict[str, dict[str, KnobValue]] = {}
     for name, value in case.settings.items():
         component, dot, setting = name.partition(".")
@@ -178,7 +204,10 @@ def _shaped(recipe: Recipe, settings: Mapping[str, KnobValue], context: Context)
     return recipe
 
 
-def quantized(text: str, library: str | None) -> dict[str, str]:
+def quantized(text: str, library: str | None, torch_version: str | None = None) -> dict[str, str]:
     """Component to the cost model's scheme: ``nf4``, ``llm_int8``, ``gguf_q8_0`` … are published but not the planner's own."""
     pairs = (item.partition("=") for item in text.split(",") if "=" in item)
-    return {name: _SCHEMES.get((library or "", scheme), scheme) for name, _, scheme in pairs}
+    renamed = {name: _SCHEMES.get((library or "", scheme), scheme) for name, _, scheme in pairs}
+    if library in ("torchao", None) and re.search(r"2024|\b2\.[0-5]\b", torch_version or ""):
+        renamed = {name: _SCHEMES_2024.get(scheme, scheme) for name, scheme in renamed.items()}
+    return renamed

@@ -19,6 +19,9 @@ _IGNORED = re.compile(
 )
 
 
+_SEARCHED = re.compile(r"second (?:\w+ )?run\b.*cuDNN", re.I | re.S)
+
+
 @dataclass(slots=True)
 class Remarks:
     """Everything that was found in a row's free text."""
@@ -29,6 +32,7 @@ class Remarks:
     replaced: dict[str, str] = field(default_factory=dict)
     scheduler: str | None = None
     guidance: float | None = None
+    second_run: bool = False
     assumptions: list[str] = field(default_factory=list)
 
 
@@ -36,7 +40,7 @@ def _knobs(other: str, notes: str, dtype: str | None) -> Knobs:
     knobs: Knobs = {}
     if re.search(r"(?<!not )fused qkv", other):
         knobs["fuse_qkv"] = True
-    if "cudnn.benchmark" in other:
+    if "cudnn.benchmark" in other or _SEARCHED.search(notes):
         knobs["cudnn_benchmark"] = True
     if re.search(r"jit\.trace|traced unet", other, re.I):
         knobs["compile"] = "jit-trace"
@@ -89,6 +93,7 @@ def read_remarks(other: str, notes: str, dtype: str | None, pipeline_class: str)
         replaced=replaced,
         scheduler="DDIM" if "DDIM" in other else None,
         guidance=_guidance(other),
+        second_run=bool(_SEARCHED.search(notes)),
         assumptions=notes_vae,
     )
     if "device_map=balanced" in other:
