@@ -85,13 +85,18 @@ def _plan_words(cell: Cell) -> str:
     return words.settings_text(cell.settings, "as it is")
 
 
+def _short(gpu: str) -> str:
+    """A card's name without its maker's; `--gpu` takes it as well."""
+    return gpu.removeprefix("NVIDIA ").removeprefix("GeForce ")
+
+
 def render_text(cells: Sequence[Cell], width: int | None = None) -> str:
     """One aligned table."""
     rows = [("model", "gpu", "batch", "peak", "a call", "per second", "plan")]
     for cell in cells:
         rate = "" if cell.samples_per_second is None else f"{cell.samples_per_second:.3g}"
         sizes = ("", "") if cell.settings is None else (format_bytes(cell.peak_allocated_bytes), format_seconds(cell.latency_seconds))
-        rows.append((cell.model, cell.gpu, str(cell.batch_size), *sizes, rate, _plan_words(cell)))
+        rows.append((cell.model, _short(cell.gpu), str(cell.batch_size), *sizes, rate, _plan_words(cell)))
     return "\n".join(table(rows, width or DEFAULT_WIDTH, left=(0, 1, 6))) + "\n"
 
 

@@ -219,7 +219,7 @@ def _rejected_summary(plan: Plan, width: int) -> list[str]:
             groups.setdefault(words.rejection_text(item), []).append(words.rejected_name(item, plan))
         shown = [f"{_names(names)}: {reason}" for reason, names in list(groups.items())[:MANY_LOST]]
         if len(groups) > MANY_LOST:
-            shown.append(f"and {len(groups) - MANY_LOST} more reasons (-v lists them)")
+            shown.append(f"and {len(groups) - MANY_LOST} more (-v lists them)")
         lines += _lines(label, "; ".join(shown), width) if shown else []
     return lines
 
