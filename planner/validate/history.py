@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import replace
 from itertools import pairwise
 
@@ -24,27 +25,41 @@ def cogvideox_kept_one_cache(case: Case) -> bool:
 
 
 def with_one_cache(call: CallTrace) -> CallTrace:
-    """The call with each kept slice freed when the same module makes the next one, not when the whole chunk is done."""
+    """The call with each kept slice freed when the same module makes the next one, not when the whole chunk is done.
+
+    The same change gave the scale of a spatial norm a name, which keeps it until the norm returns.
+    """
     spans = call.spans.copy()
-    saved = np.zeros(len(call) + 1, dtype=np.int64)
     for uids in _kept_slices(call).values():
         for first, second in pairwise(uids):
-            end, sooner = int(spans[first, 1]), int(spans[second, 0])
-            if sooner < end:
-                saved[sooner] += spans[first, 2]
-                saved[min(end, len(call))] -= spans[first, 2]
-                spans[first, 1] = sooner
-    columns = {**call.columns, "live_bytes": call.live_bytes - np.cumsum(saved)[:-1]}
-    return replace(call, columns=columns, spans=spans)
+            spans[first, 1] = min(spans[first, 1], spans[second, 0])
+    for uid, end in _scales(call):
+        spans[uid, 1] = min(spans[uid, 1], end)
+    saved = np.zeros(len(call) + 1, dtype=np.int64)
+    np.add.at(saved, spans[:, 1], spans[:, 2])
+    np.subtract.at(saved, call.spans[:, 1], spans[:, 2])
+    return replace(call, columns={**call.columns, "live_bytes": call.live_bytes - np.cumsum(saved)[:-1]}, spans=spans)
 
 
-def _kept_slices(call: CallTrace) -> dict[tuple[int, int], list[int]]:
-    """Copies that outlive their module's call by far, by module and size, in the order they were made."""
-    found: dict[tuple[int, int], list[int]] = {}
+def _kept_slices(call: CallTrace) -> dict[int, list[int]]:
+    """Copies that outlive their module's call by far, by module, in the order they were made."""
+    found: dict[int, list[int]] = {}
     for uid, (start, end, size) in enumerate(call.spans.tolist()):
         if start < len(call) and call.kind[start] == Kind.COPY and size >= MIB // 64 and _leaves(call.module, start, end):
-            found.setdefault((int(call.module[start]), size), []).append(uid)
+            found.setdefault(int(call.module[start]), []).append(uid)
     return {key: uids for key, uids in found.items() if len(uids) > 1}
+
+
+def _scales(call: CallTrace) -> Iterator[tuple[int, int]]:
+    """Storages that a spatial norm multiplies with, and the operation after that product."""
+    paths = {path: number for number, path in enumerate(call.modules)}
+    for uid, (start, _, _) in enumerate(call.spans.tolist()):
+        path = call.modules[call.module[start]] if start < len(call) else ""
+        if path.endswith(".conv_y.conv"):
+            norm = paths.get(path.removesuffix(".conv_y.conv"), -1)
+            products = np.flatnonzero((call.module[start:] == norm) & (call.kind[start:] == Kind.POINTWISE))
+            if len(products):
+                yield uid, start + int(products[0]) + 1
 
 
 def _leaves(module: Ints, start: int, end: int) -> bool:

@@ -35,9 +35,9 @@ _SCHEMES = {
 }
 """(library, scheme as the table's words give it) to the scheme of the cost model, where they differ."""
 
-OLD_CONTEXT_BYTES = 1150 * MIB
-"""CUDA 11 with cuDNN 8, which keeps all its kernels loaded: what NVML showed above torch's segments in the ONNX Runtime
-table, batch 1: 0.96 GiB on a T4, 1.16 on an RTX 3060, 1.5 on an A100."""
+OLD_CONTEXT_BYTES, OLD_CONTEXT_BYTES_PER_SM = 700 * MIB, 15 * MIB // 2
+"""CUDA 11 with cuDNN 8, whose kernels are all loaded, and stacks per multiprocessor. Fitted on what NVML showed above torch's
+segments in the ONNX Runtime table at batch 1: 0.96 GiB on a T4 (40 SMs), 1.16 on an RTX 3060 (28), 1.5 on an A100 (108)."""
 _SCHEMES_2024 = {"int8dq": "int8dq_2024"}
 """Schemes whose kernels were others with torch 2.5 and older: torchao made int8 products of few rows on the host."""
 
@@ -73,7 +73,7 @@ class Predictor:
 
     def _model(self, case: Case, device: Device) -> CostModel:
         traces = self._part(case)
-        coefficients = _then(case, self.fitted.get(device.name) or self._coefficients(device))
+        coefficients = _then(case, device, self.fitted.get(device.name) or self._coefficients(device))
         key = (id(traces.source), traces.absent, traces.alone, traces.change, device.name, device.total_bytes, coefficients.context_bytes)
         if key not in self._models:
             self._models[key] = CostModel(traces, device, coefficients, traces.workload.batch_size)
@@ -98,11 +98,12 @@ class Predictor:
         return calibration_for(device, mode=self.calibrate).coefficients
 
 
-def _then(case: Case, coefficients: Coefficients) -> Coefficients:
+def _then(case: Case, device: Device, coefficients: Coefficients) -> Coefficients:
     """The coefficients with what was otherwise when the row was measured."""
     if not re.match(r"1\.|2\.0", case.torch_version or ""):
         return coefficients
-    return coefficients.model_copy(update={"context_bytes": OLD_CONTEXT_BYTES})
+    context = OLD_CONTEXT_BYTES + OLD_CONTEXT_BYTES_PER_SM * (device.sm_count or 0)
+    return coefficients.model_copy(update={"context_bytes": context})
 
 
 # -- the card ---------------------------------------------------------------------------------------------------------
