@@ -235,7 +235,7 @@ def test_onnxruntime_and_onediff_and_fal(answers: dict[str, Case | Unexpressed])
 def test_pull_requests_and_issues(answers: dict[str, Case | Unexpressed]) -> None:
     disk = case(answers, "pr11682-010")
     assert disk.settings == BASE | {
-        "dtype": "bf16", "transformer.offload": "group_leaf", "transformer.offload_stream": False,
+        "dtype": "bf16", "transformer.offload": "group_leaf", "transformer.offload_stream": True,
         "transformer.offload_disk": True,
     }  # fmt: skip
     assert disk.gpu == "H100"

@@ -5,6 +5,7 @@ They live in ``calibration/coefficients/*.toml``; none belongs to a model or to 
 
 from __future__ import annotations
 
+import re
 import tomllib
 from functools import lru_cache
 from typing import Annotated, Any
@@ -29,10 +30,15 @@ class Coefficients(Frozen):
 
     matmul_share: Share
     convolution_share: Share
+    vector_share: Share | None = None
+    """Products that run without tensor cores, such as fp32 ones where TF32 is absent or off; None: as with them."""
     attention_share: Share
     """Fused attention kernels (flash, efficient)."""
     cudnn_attention_share: Share
     bandwidth_share: Share
+    pointwise_per_flop: Annotated[float, Field(gt=0)] | None = None
+    """Elements that pointwise and normalization kernels move per fp32 FLOP of the peak: instructions, not memory, limit them on
+    devices with much bandwidth per multiprocessor. None: memory alone does."""
     kernel_seconds: Seconds
     launch_seconds: Seconds
     """Host time per eager operation, module and Python overhead included."""
@@ -43,6 +49,10 @@ class Coefficients(Frozen):
     link_share: Share
     """Pinned copies over the link, share of the link's raw rate."""
     pageable_share: Share
+    fresh_bytes_per_second: Annotated[float, Field(gt=0)]
+    """Copies from the device into host memory allocated for them: its pages are faulted in and zeroed as they are written."""
+    stream_bytes_per_second: Annotated[float, Field(gt=0)]
+    """What group offload's copy stream sustains at most, waits between its units included."""
     onload_module_seconds: Seconds
     """Host time per module that an offload hook moves."""
     picture_bytes_per_second: Annotated[float, Field(gt=0)]
@@ -81,6 +91,11 @@ def _tables() -> dict[str, Any]:
     return content
 
 
+def host_of(device: Device) -> str:
+    """``desktop`` for cards sold into desktop computers, whose processors launch faster, else ``server``; by the card's name."""
+    return "desktop" if re.search(r"GeForce|TITAN|Quadro|\bRTX\b", device.name) else "server"
+
+
 def default_coefficients(device: Device) -> Coefficients:
     """Coefficients for a device nobody measured yet, by its compute capability; an unknown one takes the base values.
 
@@ -90,8 +105,8 @@ def default_coefficients(device: Device) -> Coefficients:
     tables = _tables()
     where = "cpu" if device.kind == "cpu" else "capability." + ".".join(map(str, device.compute_capability or ()))
     chosen = tables["cpu"] if device.kind == "cpu" else tables["capability"].get(where.removeprefix("capability."), {})
-    base = tables["base"]
-    merged = base | chosen | {"sources": base["sources"] | chosen.get("sources", {})}
+    base, host = tables["base"], tables.get("host", {}).get(host_of(device), {}) if device.kind == "cuda" else {}
+    merged = base | host | chosen | {"sources": base["sources"] | host.get("sources", {}) | chosen.get("sources", {})}
     try:
         return Coefficients.model_validate(merged)
     except ValidationError as error:

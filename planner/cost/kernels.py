@@ -9,7 +9,8 @@ import numpy as np
 
 from planner.cost.coefficients import Coefficients
 from planner.cost.condense import repeats
-from planner.cost.workspace import attention_bytes, attention_kernel, dtype_bytes, has_convolution, uses_channels_last_kernels
+from planner.cost.dequantize import extra_launches, product_peak, product_seconds, serial_seconds, weight_traffic
+from planner.cost.workspace import attention_bytes, attention_kernel, convolution_bytes, dtype_bytes, group_norms, normalization_bytes
 from planner.dryrun.trace import DTYPES, CallTrace, Floats, Kind
 from planner.recipe import Recipe
 from planner.types import Bound, Device
@@ -17,6 +18,12 @@ from planner.types import Bound, Device
 TILE_M, TILE_N = 128, 128
 """Usual output tile of tensor-core matmul kernels; decides how a small product fills the multiprocessors."""
 ASSUMED_SM_COUNT = 80
+HEAVY = (int(Kind.MATMUL), int(Kind.CONVOLUTION), int(Kind.ATTENTION))
+"""Kinds whose kernels compute; the others only move bytes."""
+SCORES = ("vanilla", "sliced", "math")
+"""Attention that keeps its score matrix: two batched products and a softmax between them."""
+SCORE_PRODUCT_SHARE = 0.6
+"""Assumed: rate of those products over that of a large matmul; their inner dimension is one head."""
 _ATTENTION_WIDTHS = (32, 64, 96, 128, 160, 192, 224, 256)
 
 
@@ -36,10 +43,8 @@ class CallTime:
 def call_time(call: CallTrace, device: Device, coefficients: Coefficients, recipe: Recipe, scheme: str | None = None,
               probes: Mapping[str, float] | None = None, fused: bool = False) -> CallTime:  # fmt: skip
     """Time of one call. ``probes`` maps operation signatures (``CallTrace.shapes``) to measured seconds on this device."""
-    compute = compute_seconds(call, device, coefficients, recipe, scheme)
-    rate = device.bandwidth_bytes_per_second * coefficients.bandwidth_share
-    memory = direct_bytes(call, scheme, fused) / rate
-    serial = serial_bytes(call, device, recipe, scheme, fused) / rate
+    compute = compute_seconds(call, device, coefficients, recipe, scheme, fused)
+    memory, serial = moving_seconds(call, device, coefficients, recipe, scheme, fused)
     heads = call.fused_head if fused else np.ones(len(call), dtype=np.int64)
     counts = repeats(call)
     kernels = int((heads * counts).sum())
@@ -51,14 +56,44 @@ def call_time(call: CallTrace, device: Device, coefficients: Coefficients, recip
         times = np.where(hit, known, times)
         measured = float((times * counts)[hit].sum() / (times * counts).sum()) if times.any() else 0.0
     kernel_seconds = float((times * counts).sum())
-    launch_seconds = host_seconds(call, coefficients, recipe, kernels, fused)
-    seconds = max(kernel_seconds, launch_seconds)
+    launch_seconds = host_seconds(coefficients, recipe, kernels, fused)
+    waiting = 0.0
+    if scheme is not None and not fused:
+        launched, waiting = extra_launches(call, scheme, counts.astype(np.float64), coefficients.launch_seconds)
+        launch_seconds += launched
+    seconds = max(kernel_seconds, launch_seconds) + waiting
     moving = ((np.maximum(memory - compute, 0.0) + serial) * counts).sum()
     bound: Bound = "memory" if moving > 0.5 * kernel_seconds else "compute"
     return CallTime(seconds, kernel_seconds, launch_seconds, kernels, "launch" if launch_seconds > kernel_seconds else bound, measured)
 
 
-def host_seconds(call: CallTrace, coefficients: Coefficients, recipe: Recipe, kernels: int, fused: bool) -> float:
+def moving_seconds(call: CallTrace, device: Device, coefficients: Coefficients, recipe: Recipe, scheme: str | None = None,
+                   fused: bool = False) -> tuple[Floats, Floats]:  # fmt: skip
+    """Per operation: seconds that its own kernel needs for its bytes, and seconds of the kernels around it."""
+    streaming = device.bandwidth_bytes_per_second * coefficients.bandwidth_share
+    issuing = pointwise_rate(call, device, coefficients)
+    memory = direct_bytes(call, scheme, fused) / np.where(np.isin(call.kind, HEAVY), streaming, issuing)
+    serial = score_bytes(call, device, recipe) / streaming
+    if not fused:  # a compiler folds layout copies into its neighbours
+        serial = serial + layout_bytes(call, device, recipe) / issuing
+    if scheme is not None and not fused:
+        serial = serial + serial_seconds(call, scheme, issuing)
+    return memory, serial
+
+
+def pointwise_rate(call: CallTrace, device: Device, coefficients: Coefficients) -> Floats:
+    """Bytes per second of pointwise and normalization kernels: memory's, or what the multiprocessors issue if that is less.
+
+    Instructions go by elements: in fp32 they move twice the bytes of 16 bit.
+    """
+    streaming = device.bandwidth_bytes_per_second * coefficients.bandwidth_share
+    single = device.flops_per_second.get("fp32")
+    if coefficients.pointwise_per_flop is None or single is None:
+        return np.full(len(call), streaming)
+    return np.minimum(streaming, single * coefficients.pointwise_per_flop * np.clip(dtype_bytes(call), 2, 4))
+
+
+def host_seconds(coefficients: Coefficients, recipe: Recipe, kernels: int, fused: bool) -> float:
     """Host time to launch a call: per eager operation, per compiled kernel, or once under CUDA graphs."""
     if fused and recipe.cuda_graphs:
         return coefficients.call_seconds
@@ -90,24 +125,28 @@ def peak_flops(call: CallTrace, device: Device, coefficients: Coefficients, reci
     out = table[call.dtype]
     if "tf32" in peaks:
         fp32 = call.dtype == DTYPES.index("fp32")
-        allowed = (call.kind == Kind.CONVOLUTION) | (recipe.tf32 & (call.kind == Kind.MATMUL))
-        out = np.where(fp32 & allowed, peaks["tf32"], out)
-    if scheme in ("int8dq", "fp8dq"):
-        fast = peaks.get("int8" if scheme == "int8dq" else "fp8")
-        if fast:
-            out = np.where((call.kind == Kind.MATMUL) & (call.param_bytes > 0), fast, out)
+        products = (call.kind == Kind.MATMUL) | ((call.kind == Kind.ATTENTION) & (recipe.attention in SCORES))
+        out = np.where(fp32 & ((call.kind == Kind.CONVOLUTION) | (recipe.tf32 & products)), peaks["tf32"], out)
+    doubled = product_peak(scheme, peaks)
+    if doubled is not None:
+        out = np.where((call.kind == Kind.MATMUL) & (call.param_bytes > 0), doubled, out)
     return out
 
 
-def compute_seconds(call: CallTrace, device: Device, coefficients: Coefficients, recipe: Recipe, scheme: str | None) -> Floats:
+def compute_seconds(call: CallTrace, device: Device, coefficients: Coefficients, recipe: Recipe, scheme: str | None,
+                    fused: bool = False) -> Floats:  # fmt: skip
     """FLOPs over the reachable rate; zero for operations that only move bytes."""
-    kind = call.kind
+    kind, peaks = call.kind, peak_flops(call, device, coefficients, recipe, scheme)
     share = np.ones(len(call))
     share = np.where(kind == Kind.MATMUL, coefficients.matmul_share, share)
     share = np.where(kind == Kind.CONVOLUTION, coefficients.convolution_share, share)
     share = np.where(kind == Kind.ATTENTION, _attention_shares(call, device, coefficients, recipe), share)
-    padded = call.flops / (share * fill(call, device))
-    return np.asarray(padded / peak_flops(call, device, coefficients, recipe, scheme), dtype=np.float64)
+    rate, single = share * peaks, device.flops_per_second.get("fp32")
+    if coefficients.vector_share is not None and single is not None:
+        rate = np.where(np.isin(kind, HEAVY), np.maximum(rate, coefficients.vector_share * np.minimum(peaks, single)), rate)
+    seconds = call.flops / (rate * fill(call, device))
+    slow = None if fused else product_seconds(call, scheme, device.flops_per_second)
+    return np.asarray(seconds if slow is None else np.maximum(seconds, slow), dtype=np.float64)
 
 
 def fill(call: CallTrace, device: Device) -> Floats:
@@ -137,70 +176,31 @@ def fill(call: CallTrace, device: Device) -> Floats:
 
 def _attention_shares(call: CallTrace, device: Device, coefficients: Coefficients, recipe: Recipe) -> Floats:
     """Reachable share of the peak per attention: head dimensions are padded up to the kernel's next width."""
-    out = np.ones(len(call))
-    kernels = attention_kernel(call, device, recipe)
-    for index in np.flatnonzero(call.kind == Kind.ATTENTION):
-        width = int(call.dims[index, 4])
-        padded = next((step for step in _ATTENTION_WIDTHS if step >= width), width)
-        base = coefficients.cudnn_attention_share if kernels[index] == "cudnn" else coefficients.attention_share
-        if kernels[index] in ("vanilla", "math", "sliced"):
-            base, padded = coefficients.matmul_share * 0.6, width  # two batched products with an inner dimension of one head
-        out[index] = base * width / padded
-    return out
+    kernels = np.array(attention_kernel(call, device, recipe))
+    width = np.maximum(call.dims[:, 4], 1).astype(np.float64)
+    place = np.minimum(np.searchsorted(_ATTENTION_WIDTHS, width), len(_ATTENTION_WIDTHS) - 1)
+    padded = np.maximum(np.array(_ATTENTION_WIDTHS)[place], width)
+    fused = np.where(kernels == "cudnn", coefficients.cudnn_attention_share, coefficients.attention_share) * width / padded
+    return np.where(np.isin(kernels, SCORES), coefficients.matmul_share * SCORE_PRODUCT_SHARE, fused)
 
 
 def direct_bytes(call: CallTrace, scheme: str | None, fused: bool) -> Floats:
     """Bytes that each operation's own kernel reads and writes. Group norm reads its input twice: statistics, then values."""
     moved = (call.fused_read_bytes + call.fused_write_bytes if fused else call.read_bytes + call.write_bytes).astype(np.float64)
     if not fused:
-        twice = (call.kind == Kind.NORMALIZATION) & has_convolution(call)
-        moved = moved + twice * np.maximum(call.read_bytes - call.param_bytes, 0)
-    return moved + _weight_traffic(call, scheme, fused) if scheme is not None else moved
+        moved = moved + group_norms(call) * np.maximum(call.read_bytes - call.param_bytes, 0)
+    return moved + weight_traffic(call, scheme, fused) if scheme is not None else moved
 
 
-def serial_bytes(call: CallTrace, device: Device, recipe: Recipe, scheme: str | None, fused: bool) -> Floats:
-    """Bytes moved by kernels of their own around an operation: layout copies, and the passes over a score matrix."""
-    scores = _score_traffic(call, device, recipe)
-    return scores if fused else scores + _layout_traffic(call, device, recipe)  # a compiler folds layout copies into its neighbours
+def layout_bytes(call: CallTrace, device: Device, recipe: Recipe) -> Floats:
+    """Read and write of each copy that convolutions and group norms make between NCHW and NHWC."""
+    return np.asarray(2.0 * (convolution_bytes(call, device, recipe) + normalization_bytes(call, device, recipe)))
 
 
-def _layout_traffic(call: CallTrace, device: Device, recipe: Recipe) -> Floats:
-    """NCHW tensors are copied to NHWC before a tensor-core convolution and its result back: read and write of each.
-
-    Under ``channels_last`` the input is still copied, and the output by the group norm that follows, which takes NCHW only.
-    """
-    nhwc = uses_channels_last_kernels(device, call)
-    if not nhwc.any():
-        return np.zeros(len(call))
-    dims = call.dims
-    input_bytes = np.maximum(call.read_bytes - call.param_bytes, 0)
-    output_bytes = dims[:, 0] * dims[:, 2] * dims[:, 3] * dtype_bytes(call)
-    return np.asarray(nhwc * 2.0 * (input_bytes + output_bytes))
-
-
-def _score_traffic(call: CallTrace, device: Device, recipe: Recipe) -> Floats:
+def score_bytes(call: CallTrace, device: Device, recipe: Recipe) -> Floats:
     """Kernels that keep the score matrix write it, read it for softmax, write and read the probabilities."""
-    if recipe.attention not in ("vanilla", "sliced", "math") and device.kind == "cuda":
+    if recipe.attention not in SCORES and device.kind == "cuda":
         return np.zeros(len(call))
-    full = attention_bytes(call, device, recipe.but(attention="vanilla"))
-    kernels = attention_kernel(call, device, recipe)
-    held = np.array([kernel in ("vanilla", "sliced", "math") for kernel in kernels], dtype=bool) & (call.kind == Kind.ATTENTION)
-    return np.where(held, 2.0 * full, 0.0)
+    held = np.isin(np.array(attention_kernel(call, device, recipe)), SCORES) & (call.kind == Kind.ATTENTION)
+    return np.where(held, 2.0 * attention_bytes(call, device, recipe.but(attention="vanilla")), 0.0)
 
-
-_STORED_SHARE = {"int8wo": 0.5, "fp8wo": 0.5, "int8dq": 0.5, "fp8dq": 0.5, "fp8_layerwise": 0.5, "int4wo": 0.28, "nf4": 0.28}
-"""Stored bytes of a quantized weight over its 16-bit bytes; 4-bit with one 16-bit scale per 64 and 32 values."""
-
-
-def _weight_traffic(call: CallTrace, scheme: str, fused: bool) -> Floats:
-    """Weight-only schemes read the small weight, write the 16-bit one and read it again; compiled, only the first."""
-    stored = _STORED_SHARE.get(scheme, 1.0)
-    weights = np.where((call.kind == Kind.MATMUL) | (scheme == "fp8_layerwise"), call.param_bytes, 0).astype(np.float64)
-    if scheme in ("int8dq", "fp8dq") or fused:
-        return weights * (stored - 1.0)
-    return weights * (stored + 1.0)
-
-
-def stored_share(scheme: str) -> float:
-    """Stored bytes of a quantized weight relative to 16 bit; 1 for an unknown scheme."""
-    return _STORED_SHARE.get(scheme, 1.0)

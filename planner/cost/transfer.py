@@ -10,20 +10,23 @@ from planner.types import Device
 
 
 def transfer_seconds(placed: Residency, index: int, count: int, time: CallTime, device: Device, coefficients: Coefficients,
-                     recipe: Recipe) -> float:  # fmt: skip
+                     recipe: Recipe, component: str = "") -> float:  # fmt: skip
     """Seconds that copies add to all repetitions of one distinct call, beyond its compute.
 
-    Pageable copies block the host and hide nothing. On a stream, unit ``k + 1`` is copied while unit ``k`` computes, so a
-    call takes the longer of the two and the first unit's copy; the sum is never more than copying serially.
+    Pageable copies block the host and hide nothing; back to the host they also fault in fresh memory. On a stream, unit
+    ``k + 1`` is copied while unit ``k`` computes, so a call takes the longer of the two and the first unit's copy; the sum is
+    never more than copying serially.
     """
     onload, offload = placed.onload_bytes[index], placed.offload_bytes[index]
-    if not (onload or offload) or not device.link_bytes_per_second:
+    link = device.link_bytes_per_second
+    if not (onload or offload) or not link:
         return 0.0
-    pageable = device.link_bytes_per_second * coefficients.pageable_share
+    pageable = link * coefficients.pageable_share
     handling = placed.moves[index] * coefficients.onload_module_seconds
-    if not recipe.offload_stream or recipe.offload not in ("group_block", "group_leaf"):
-        return (onload + offload) / pageable + handling
-    pinned = device.link_bytes_per_second * coefficients.link_share
+    own = recipe.of(component)
+    if not own.offload_stream or own.offload not in ("group_block", "group_leaf"):
+        return onload / pageable + offload / min(pageable, coefficients.fresh_bytes_per_second) + handling
+    pinned = max(min(link * coefficients.link_share, coefficients.stream_bytes_per_second), pageable)
     copy_each = onload / max(count, 1) / pinned
     first = copy_each / max(placed.moves[index] / max(count, 1), 1)
-    return max(copy_each + first - time.seconds, first) * count + handling
+    return min(max(copy_each + first - time.seconds, first), copy_each) * count + handling

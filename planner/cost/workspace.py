@@ -117,12 +117,13 @@ def normalization_bytes(call: CallTrace, device: Device, recipe: Recipe) -> Ints
     """Under ``channels_last`` group norm first copies its input to NCHW (aten/src/ATen/native/group_norm.cpp)."""
     if not recipe.channels_last or device.kind != "cuda":
         return np.zeros(len(call), dtype=np.int64)
-    after_convolution = (call.kind == Kind.NORMALIZATION) & has_convolution(call)
-    return after_convolution * np.maximum(call.read_bytes - call.param_bytes, 0)
+    return group_norms(call) * np.maximum(call.read_bytes - call.param_bytes, 0)
 
 
-def has_convolution(call: CallTrace) -> bool:
-    return bool((call.kind == Kind.CONVOLUTION).any())
+def group_norms(call: CallTrace) -> Ints:
+    """1 where an operation is a group norm; layer norms keep whatever layout they are given."""
+    named = np.array([not text or "group_norm" in text[:40] for text in call.shapes] or [False], dtype=np.int64)
+    return np.asarray((call.kind == Kind.NORMALIZATION) * named[np.minimum(call.shape, len(named) - 1)])
 
 
 def dequantization_bytes(call: CallTrace, scheme: str | None) -> Ints:
