@@ -74,7 +74,8 @@ class Campaign:
             outcome.reason = "interrupted"
         finally:
             self.executor.close()
-        outcome.left, outcome.seconds = list(remaining.values()), self.now() - self.started
+        outcome.left += remaining.values()
+        outcome.seconds = self.now() - self.started
         return outcome
 
     def _undone(self, cells: Iterable[Cell], outcome: Outcome) -> dict[str, Cell]:
@@ -107,6 +108,7 @@ class Campaign:
 
     def _give_up(self, subject: str, remaining: dict[str, Cell], outcome: Outcome) -> None:
         outcome.given_up.append(subject)
+        outcome.reason = "every other cell was measured"
         self.say(f"{subject} failed {MAX_SUBJECT_FAILURES} times; its other cells are left")
         for identity in [identity for identity, cell in remaining.items() if cell.subject == subject]:
             outcome.left.append(remaining.pop(identity))

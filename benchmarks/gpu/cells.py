@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import logging
-import shutil
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import product
 
@@ -18,9 +18,9 @@ from benchmarks.gpu.subjects import Subject, source_of, weight_estimate_bytes
 from planner.cost.coefficients import Coefficients, default_coefficients
 from planner.cost.estimate import estimate_of
 from planner.cost.model import CostModel
+from planner.decide import decide, usable_here
 from planner.dryrun.provider import Traces
-from planner.errors import PlannerError
-from planner.hardware.backends import usable_backends
+from planner.errors import NoFeasiblePlan, PlannerError
 from planner.knobs import KNOBS, normalize, violations
 from planner.knobs.base import Context
 from planner.models import ModelSource
@@ -31,7 +31,7 @@ from planner.units import GIB
 
 logger = logging.getLogger(__name__)
 
-VALUES = {"device-probe": 40.0, "operation-probe": 12.0, "baseline": 10.0, "batch": 5.0, "value": 4.0, "option": 2.0, "choice": 14.0,
+VALUES = {"device-probe": 400.0, "operation-probe": 12.0, "baseline": 10.0, "batch": 5.0, "value": 4.0, "option": 2.0, "choice": 14.0,
           "practice": 9.0, "rival": 4.0, "nearest-miss": 2.5}  # fmt: skip
 """What knowing a cell is worth: first what calibrates everything, then what the promise is about (the choice on a small
 card, its rivals, today's practices), then every value of every knob once. The scale is a matter of judgement."""
@@ -46,6 +46,7 @@ NEEDS: dict[str, dict[str, KnobValue]] = {
 """What an option needs to have an effect."""
 RIVALS = 12
 """Best predicted plans measured for every card and workload, besides the best of every offload value."""
+MOST_ALIKE = 2
 NEAREST_MISSES = 4
 MISS_SHARE = 1.35
 """A plan that is predicted to need up to this many times the budget may be a missed fit, and is tried."""
@@ -61,6 +62,7 @@ class Planner:
     subject: Subject
     device: Device
     coefficients: Coefficients | None = None
+    probes: Mapping[str, float] | None = None
     _source: ModelSource | None = None
     _traces: dict[str, Traces] = field(default_factory=dict)
     _models: dict[str, CostModel] = field(default_factory=dict)
@@ -84,14 +86,14 @@ class Planner:
         if key not in self._models:
             traces = self.traces(workload)
             coefficients = self.coefficients or default_coefficients(self.device)
-            self._models[key] = CostModel(traces, self.device, coefficients, traces.workload.batch_size)
+            self._models[key] = CostModel(traces, self.device, coefficients, traces.workload.batch_size, self.probes)
         return self._models[key]
 
     def context(self, workload: Workload, device: Device | None = None) -> Context:
         """What the knobs decide by. Lossy values are not measured."""
         traces = self.traces(workload)
         return Context(facts=traces.facts, device=device or self.device, workload=traces.workload, quality="lossless",
-                       usable=usable_on(device or self.device))  # fmt: skip
+                       usable=usable_here(self.device))  # fmt: skip
 
     def estimate(self, workload: Workload, settings: Settings, device: Device | None = None) -> Estimate:
         """The estimate of settings, on the whole device or on a smaller card that it plays."""
@@ -103,23 +105,6 @@ class Planner:
             return estimate_of(model, recipe_of(normalize(settings, context), context))
         finally:
             model.device = before
-
-
-def usable_on(device: Device) -> dict[str, str | None]:
-    """Optional backends that cells may use, by the words of the knobs: what is installed here.
-
-    Triton comes with torch's CUDA builds, so that a list prepared on a machine without one takes it as there.
-    """
-    found: dict[str, str | None] = {_KNOB_WORDS.get(name, name): reason for name, reason in usable_backends(device).items()}
-    if device.kind == "cuda":
-        old = device.compute_capability is not None and device.compute_capability < (7, 0)
-        found["inductor"] = "Triton needs compute capability 7.0" if old else None
-    else:
-        found["inductor"] = None if shutil.which("c++") or shutil.which("g++") else "there is no C++ compiler"
-    return found
-
-
-_KNOB_WORDS = {"flash_attn": "flash", "sageattention": "sage"}
 
 
 def small_card(device: Device, cap_bytes: int) -> Device:
@@ -220,16 +205,18 @@ def planned(planner: Planner, workload: Workload, settings: Settings, *, kind: s
     return Cell(
         kind="capped" if card is not None else "plan", subject=planner.subject.name, workload=workload, settings=full, chosen=chosen,
         cap_bytes=card.total_bytes if card is not None else None, allowed_bytes=card.free_bytes if card is not None else None, note=note,
-        predicted=Predicted.of(estimate), cost_seconds=cost_seconds(planner, estimate),
+        predicted=Predicted.of(estimate), cost_seconds=cost_seconds(planner, estimate, full),
         value=VALUES[kind] * planner.subject.weight * scale)  # fmt: skip
 
 
-def cost_seconds(planner: Planner, estimate: Estimate) -> float:
-    """Seconds a cell takes: weights there and back, compiling, the first call, the repetitions; one more on a CPU."""
-    link = planner.device.link_bytes_per_second
-    moved = 2 * weight_estimate_bytes(planner.subject) / (0.35 * link) if link else 0.0
+def cost_seconds(planner: Planner, estimate: Estimate, settings: Settings) -> float:
+    """Seconds a cell takes: weights to the device, copied once more where a stream pins them; compiling, the first call,
+    the repetitions, and on a CPU a call that records memory."""
+    weights, link = weight_estimate_bytes(planner.subject), planner.device.link_bytes_per_second
+    moved = weights / (0.35 * link) if link else 0.0
+    pinned = weights / BYTES_PER_SECOND_BUILT if settings.get("offload_stream") else 0.0
     calls = 1 + repetitions_for(estimate.latency_seconds) + (planner.device.kind == "cpu")
-    return moved + 1.5 * estimate.setup_seconds + calls * estimate.latency_seconds
+    return moved + pinned + 1.5 * estimate.setup_seconds + calls * estimate.latency_seconds
 
 
 # -- (b) small cards --------------------------------------------------------------------------------------------------
@@ -259,9 +246,9 @@ def _kept(cell: Cell | None) -> tuple[Cell, ...]:
 def own_choice(planner: Planner, workload: Workload, card: Device) -> dict[str, KnobValue] | None:
     """What ``autoplan`` would take on that card; None when it says that nothing fits."""
     from planner.autoplan import Request
-    from planner.decide import decide
-    from planner.errors import NoFeasiblePlan
 
+    if planner.device.free_bytes is None:  # prepared elsewhere: what is installed here says nothing of the machine to come
+        card = card.model_copy(update={"free_bytes": None})
     traces = planner.traces(workload)
     model = CostModel(traces, card, planner.coefficients or default_coefficients(card), traces.workload.batch_size)
     try:
@@ -299,9 +286,14 @@ def priced_space(planner: Planner, workload: Workload, card: Device) -> Priced:
 
 
 def rivals(priced: Priced) -> Priced:
-    """The fastest that fit, and the fastest of every offload value that fits."""
-    fitting = [item for item in priced if item[1].fits]
-    kept = fitting[:RIVALS]
+    """The fastest that fit, no more than two of one offload and compile, and the fastest of every offload value that fits."""
+    fitting, alike = [item for item in priced if item[1].fits], Counter[tuple[KnobValue, ...]]()
+    kept: Priced = []
+    for item in fitting:
+        kind = tuple(item[0][name] for name in ("offload", "offload_stream", "compile"))
+        alike[kind] += 1
+        if alike[kind] <= MOST_ALIKE and len(kept) < RIVALS:
+            kept.append(item)
     for value in dict.fromkeys(settings["offload"] for settings, _ in fitting):
         best = next(item for item in fitting if item[0]["offload"] == value)
         if best not in kept:
@@ -328,7 +320,7 @@ def practice_cells(planner: Planner, workload: Workload, cap_bytes: int | None) 
         if violations(nearest, context):
             continue
         estimate = planner.estimate(workload, nearest, card)
-        cost = cost_seconds(planner, estimate)
+        cost = cost_seconds(planner, estimate, nearest)
         yield Cell(kind="practice", subject=planner.subject.name, workload=workload, practice=practice, note=WORDS[practice],
                    cap_bytes=cap_bytes, allowed_bytes=card.free_bytes if card is not None else None,
                    predicted=Predicted.of(estimate) if practice != "diffusers-mm" else None, cost_seconds=cost,

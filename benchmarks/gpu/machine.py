@@ -62,12 +62,15 @@ def versions() -> dict[str, str]:
 def commit() -> str | None:
     """Commit of this checkout, ``+`` appended where files differ from it; None without git."""
     try:
-        run = lambda *words: subprocess.run(("git", *words), cwd=_ROOT, capture_output=True, text=True, timeout=10, check=True)  # noqa: E731
-        head = run("rev-parse", "--short=12", "HEAD").stdout.strip()
-        changed = run("status", "--porcelain", "--untracked-files=no").stdout.strip()
+        head = _git("rev-parse", "--short=12", "HEAD")
+        changed = _git("status", "--porcelain", "--untracked-files=no")
     except (OSError, subprocess.SubprocessError):
         return None
     return head + ("+" if changed else "")
+
+
+def _git(*words: str) -> str:
+    return subprocess.run(("git", *words), cwd=_ROOT, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
 
 
 def _max_clock(device: Device) -> float | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -33,6 +33,15 @@ class Bench:
     side: Side
     reader: NvmlReader | None = None
     stage: Stage = field(default="apply")
+    broken: bool = False
+    """The last cell could not be undone: this process is not to be used again."""
+    _shelf: list[tuple[torch.Tensor, torch.Tensor]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        from planner.dryrun.facts import pipeline_modules
+
+        tensors = (tensor for module in pipeline_modules(self.pipe).values() for tensor in (*module.parameters(), *module.buffers()))
+        self._shelf = [(tensor, tensor.data) for tensor in {id(tensor): tensor for tensor in tensors}.values()]
 
     def run(self, cell: Cell) -> Seen | Failure:
         """Measure a plan or a practice. Never raises but for what ends the process."""
@@ -67,6 +76,11 @@ class Bench:
             give_back_memory(self.pipe)
         with suppress(Exception):
             self.side.release()
+        try:
+            self._put_back()
+            self.broken = self.broken or self.side.dirty()
+        except Exception:
+            self.broken = True
 
     # -- one cell -------------------------------------------------------------------------------------------------
 
@@ -75,8 +89,7 @@ class Bench:
         side.release()
         side.reset()
         begun = time.perf_counter()
-        undo_seconds = [0.0]
-        with self._in_force(cell, undo_seconds):
+        with self._in_force(cell):
             side.synchronize()
             setup_seconds, setup = time.perf_counter() - begun, side.read()
             call, output = self._call(cell), [None]
@@ -93,29 +106,39 @@ class Bench:
             steady = side.read(call)
             self.stage = "undo"
         return Seen(setup_seconds=setup_seconds, setup=setup, first_seconds=first_seconds, first=first, repetitions=tuple(times),
-                    steps=tuple(steps), steady=steady, clocks=clocks(), undo_seconds=undo_seconds[0], output_finite=finite)  # fmt: skip
+                    steps=tuple(steps), steady=steady, clocks=clocks(), output_finite=finite)  # fmt: skip
 
     @contextmanager
-    def _in_force(self, cell: Cell, undo_seconds: list[float]) -> Iterator[None]:
-        manager = self._practice(cell) if cell.practice is not None else self._plan(cell)
-        with manager:
-            yield
-            self.stage = "undo"
-            left = time.perf_counter()
-        undo_seconds[0] = time.perf_counter() - left
-
-    def _practice(self, cell: Cell) -> AbstractContextManager[None]:
-        return in_practice(str(cell.practice), self.pipe, self.side.device, self.facts)
-
-    @contextmanager
-    def _plan(self, cell: Cell) -> Iterator[None]:
+    def _in_force(self, cell: Cell) -> Iterator[None]:
+        """The cell's plan or practice; afterwards the pipeline as it was, with the very weights it had."""
         from planner.apply import apply_settings
 
-        applied = apply_settings(self.pipe, cell.settings, self.side.device, self.facts)
+        device = self.side.device
+        if cell.practice is not None:
+            with in_practice(cell.practice, self.pipe, device, self.facts, self._put_back):
+                yield
+        else:
+            applied = apply_settings(self.pipe, cell.settings, device, self.facts)
+            try:
+                yield
+            finally:
+                self._undo(applied)
+        self._put_back()
+
+    def _undo(self, applied: Any) -> None:
+        self._put_back()
         try:
-            yield
-        finally:
             applied.undo()
+        except Exception:
+            self.broken = True
+            raise
+
+    def _put_back(self) -> None:
+        """Weights point at the host's copy again, which never changed: copying tens of gigabytes back would take minutes."""
+        for tensor, data in self._shelf:
+            alike = (tensor.dtype, tensor.shape, type(tensor.data)) == (data.dtype, data.shape, type(data))
+            if alike and (tensor.device != data.device or tensor.data_ptr() != data.data_ptr()):
+                tensor.data = data
 
     def _call(self, cell: Cell) -> Callable[[], Any]:
         from planner.batching import share

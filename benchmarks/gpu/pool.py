@@ -32,6 +32,7 @@ class Pool:
     """File that gets what workers print."""
     cache: Path
     """Folder of torch.compile's cache: compiled once in a campaign, anew in the next."""
+    command: tuple[str, ...] = (sys.executable, "-m", "benchmarks.gpu.worker")
     current: str | None = None
     _process: subprocess.Popen[str] | None = None
     _answers: queue.Queue[str | None] = field(default_factory=queue.Queue)
@@ -81,8 +82,8 @@ class Pool:
                        "HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false"}  # fmt: skip
         with self.log.open("ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "benchmarks.gpu.worker", subject, self.device, self.run_id], stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE, stderr=log, text=True, encoding="utf-8", env=environment, cwd=ROOT)  # fmt: skip
+                [*self.command, subject, self.device, self.run_id], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log,
+                text=True, encoding="utf-8", env=environment, cwd=ROOT)  # fmt: skip
         self._answers = queue.Queue()
         threading.Thread(target=_listen, args=(self._process.stdout, self._answers), daemon=True).start()
 

@@ -62,8 +62,12 @@ def _managed(pipe: Any, device: torch.device) -> None:
 
 
 @contextmanager
-def in_practice(practice: str, pipe: Any, device: torch.device, facts: PipelineFacts) -> Iterator[None]:
-    """The block runs under a practice; afterwards the pipeline is as before. Raises RuntimeError when it is not."""
+def in_practice(practice: str, pipe: Any, device: torch.device, facts: PipelineFacts, put_back: Callable[[], None]) -> Iterator[None]:
+    """The block runs under a practice; afterwards the pipeline is as before. ``put_back`` returns weights to the host.
+
+    Raises:
+        RuntimeError: the pipeline is not as it was.
+    """
     from planner.snapshot import Snapshot
 
     before = Snapshot.of(pipe)
@@ -72,6 +76,7 @@ def in_practice(practice: str, pipe: Any, device: torch.device, facts: PipelineF
         yield
     finally:
         _stop(Site(pipe=pipe, device=device, facts=facts, settings={}))
+        put_back()
         before.restore(pipe)
     left = before.differences(pipe)
     if left and practice not in LEAVES_TRACES:

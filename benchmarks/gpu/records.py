@@ -146,14 +146,13 @@ class Seen(Frozen):
     """Per repetition the seconds between denoising iterations."""
     steady: Counters
     clocks: Clocks | None = None
-    undo_seconds: float
     output_finite: bool | None = None
 
 
 class Record(Frozen):
     """One finished cell: either ``seen``, ``probes`` or a ``failure``."""
 
-    schema_: Literal["benchmarks.gpu/1"] = Field(default=SCHEMA, alias="schema")
+    schema_: Literal["benchmarks.gpu/1"] = Field(default="benchmarks.gpu/1", alias="schema")
     run: str
     key: str
     cell: Cell

@@ -135,9 +135,14 @@ class CudaSide:
         reset_compiler()
         gc.collect()
         self.cuda.empty_cache()
+        empty_pinned_cache()
 
     def dirty(self) -> bool:
-        """Whether the last cell left much on the device, which later cells would be charged with."""
+        """Whether the last cell broke the device, or left much on it, which later cells would be charged with."""
+        try:
+            self.cuda.synchronize(self.device)
+        except RuntimeError:  # an illegal access stays with the process
+            return True
         return bool(self.cuda.memory_allocated(self.device) > LEFT_BEHIND_BYTES)
 
     @contextmanager
@@ -167,6 +172,13 @@ def reset_compiler() -> None:
     """Drop torch.compile's code, guards and CUDA graph trees of this process; only where it was used."""
     if "torch._dynamo" in sys.modules:
         torch.compiler.reset()
+
+
+def empty_pinned_cache() -> None:
+    """Give cached pinned memory back to the system; torch keeps it otherwise, and a large model's copy is half of a host's RAM."""
+    empty = getattr(torch.accelerator, "empty_host_cache", None) or getattr(torch._C, "_host_emptyCache", None)
+    if empty is not None and torch.cuda.is_available():
+        empty()
 
 
 def reset_host_peak() -> None:

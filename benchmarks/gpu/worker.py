@@ -73,7 +73,7 @@ class _Work:
         if self.torch_device.type == "cuda":
             self.reader = NvmlReader(self.machine.uuid)
             self.side = CudaSide(self.torch_device, nvml_used=self.reader.used_bytes)
-        self.bench = self._bench() if self.pipe is not None else None
+        self.bench: Any = self._bench() if self.pipe is not None else None
 
     def _built(self, subject: str) -> Any:
         if subject == "device":
@@ -100,8 +100,7 @@ class _Work:
         begun, date = time.perf_counter(), now()
         probes = cell.kind == "probe"
         outcome: Any = run_probes(cell, self.device, self.torch_device) if probes else self.bench.run(cell)
-        clean = not self.side.dirty() and cell.practice not in LEAVES_TRACES
-        clean = clean and not (isinstance(outcome, Failure) and outcome.stage == "undo")
+        clean = cell.practice not in LEAVES_TRACES and not (self.bench is not None and self.bench.broken)
         part = "failure" if isinstance(outcome, Failure) else "probes" if isinstance(outcome, Run) else "seen"
         kept = cell.model_copy(update={"operations": {}})
         values: dict[str, Any] = {part: outcome}
