@@ -19,6 +19,10 @@ class Leaf(Frozen):
     class_name: str
     bytes: int
     linear_weight_bytes: int = 0
+    buffer_bytes: int = 0
+    """Part of ``bytes`` that are buffers: sequential offload leaves them on the device."""
+    unsaved_buffer_bytes: int = 0
+    """Part of ``buffer_bytes`` that is in no state dict."""
 
 
 class ComponentFacts(Frozen):

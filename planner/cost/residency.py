@@ -188,9 +188,11 @@ class WindowPlan:
     fixed_bytes: int
     """On the device all the time: buffers under sequential offload."""
     ahead: bool
-    """The next unit is loaded while one runs (prefetch on a stream)."""
+    """The next unit is loaded while one runs (prefetch on a stream); known after a first ``forward``, never for ``decode``."""
     copies_back: bool
     pinned_bytes: int
+    nested: bool = False
+    """Blocks of named parts, each of which has a ``forward`` of its own whatever the component's entry point."""
 
     def over(self, call: CallTrace, scale: float = 1.0) -> Passage:
         """What one call holds and loads; ``scale`` is for weights that were cast since the facts were read."""
@@ -200,7 +202,7 @@ class WindowPlan:
         runs = _runs(order)
         window = used[order] if len(order) else np.zeros(0)
         entered = _entered([chains[module] for module in order[runs]] if len(order) else [])
-        if self.ahead and len(order):
+        if self.ahead and (call.method == "forward" or self.nested) and len(order):
             following = np.array([*(max((size for _, size in new), default=0) for new in entered[1:]), 0], dtype=np.float64)
             lengths = np.diff([*runs.tolist(), len(order)])
             window = window + np.repeat(_next_nonzero(following), lengths)
@@ -248,12 +250,27 @@ def window_plan(component: ComponentFacts, recipe: Recipe, size: int, literal: b
     own = recipe.of(component.name)
     stream = own.offload_stream and own.offload in ("group_block", "group_leaf")
     bytes_of = _scaled_leaves(component, recipe, size)
-    if own.offload == "group_block" and (literal or moves_by_block(component)):
+    fixed = _fixed_buffers(component, size) if own.offload == "sequential" else {}
+    by_block = own.offload == "group_block" and (literal or moves_by_block(component))
+    if by_block:
         units = _block_units(component, bytes_of, 1 if stream else max(own.offload_blocks, 1))
     else:
-        units = {path: (number, leaf) for number, (path, leaf) in enumerate(bytes_of.items())}
+        units = {path: (number, leaf - fixed.get(path, 0)) for number, (path, leaf) in enumerate(bytes_of.items())}
     pinned = sum(1 << max(leaf - 1, 1).bit_length() for leaf in bytes_of.values() if leaf) if stream else 0
-    return WindowPlan(units, 0, stream, own.offload != "sequential" and not stream, pinned)
+    return WindowPlan(units, sum(fixed.values()), stream, own.offload != "sequential" and not stream, pinned,
+                      by_block and bool(component.group_block_modules))  # fmt: skip
+
+
+def _fixed_buffers(component: ComponentFacts, size: int) -> dict[str, int]:
+    """Buffers that sequential offload leaves on the device: where the top module owns parameters, those in no state dict.
+
+    Source: diffusers enable_sequential_cpu_offload, ``offload_buffers=len(model._parameters) > 0``; accelerate
+    AlignDevicesHook.init_hook.
+    """
+    scale = size / component.weight_bytes if component.weight_bytes else 1.0
+    takes_along = any(leaf.path == "" and leaf.bytes > leaf.buffer_bytes for leaf in component.leaves)
+    fixed = {leaf.path: leaf.unsaved_buffer_bytes if takes_along else leaf.buffer_bytes for leaf in component.leaves}
+    return {path: round(size * scale) for path, size in fixed.items() if size}
 
 
 def moves_by_block(component: ComponentFacts) -> bool:
@@ -269,23 +286,39 @@ def _scaled_leaves(component: ComponentFacts, recipe: Recipe, size: int) -> dict
 
 
 def _block_units(component: ComponentFacts, bytes_of: Mapping[str, int], width: int) -> dict[str, tuple[int, int]]:
-    """Groups of ``width`` neighbouring blocks, brought in by any of them; the rest comes and goes with the whole component."""
+    """Groups of ``width`` neighbouring blocks, brought in by any of them; the rest comes and goes with the module around it.
+
+    Buffers of that rest are there twice: ``Module.to`` replaces a buffer, and the group keeps moving the one it knew.
+    """
     grouped: dict[str, int] = {}
-    rest = 0
+    rest: dict[str, int] = {}
+    twice = {leaf.path: leaf.buffer_bytes for leaf in component.leaves if leaf.path}
     for path, size in bytes_of.items():
         block = next((prefix for prefix in component.block_paths if path == prefix or path.startswith(prefix + ".")), None)
         if block is None:
-            rest += size
+            around = _named_around(component, path)
+            rest[around] = rest.get(around, 0) + size + twice.get(path, 0) * (path != around)
         else:
             grouped[block] = grouped.get(block, 0) + size
-    units = {"": (0, rest)}
+    if "" in rest:
+        rest[""] = max(rest[""] - tied_bytes(component), 0)
+    units = {around: (number, size) for number, (around, size) in enumerate(rest.items())}
     lists: dict[str, list[str]] = {}
     for block in component.block_paths:
         lists.setdefault(block.rpartition(".")[0], []).append(block)
-    number = 0
+    number = len(units)
     for blocks in lists.values():
         for start in range(0, len(blocks), width):
             group = blocks[start : start + width]
             number += 1
             units |= {block: (number, sum(grouped.get(each, 0) for each in group)) for block in group}
     return units
+
+
+def _named_around(component: ComponentFacts, path: str) -> str:
+    """The innermost of the class's ``_group_offload_block_modules`` that a module lies in: each is split by itself."""
+    parts = path.split(".") if path else []
+    depth = 0
+    while depth < len(parts) and parts[depth] in component.group_block_modules:
+        depth += 1
+    return ".".join(parts[:depth])

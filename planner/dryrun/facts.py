@@ -192,7 +192,10 @@ def _leaves(module: nn.Module) -> Iterator[Leaf]:
         owned = [tensor_bytes(tensor) for _, tensor in own_tensors(part)]
         if owned:
             linear = tensor_bytes(dict(own_tensors(part))["weight"]) if isinstance(part, nn.Linear) else 0
-            yield Leaf(path=path, class_name=type(part).__name__, bytes=sum(owned), linear_weight_bytes=linear)
+            buffers = {name: tensor_bytes(tensor) for name, tensor in own_tensors(part) if name in part._buffers}
+            unsaved = sum(size for name, size in buffers.items() if name in part._non_persistent_buffers_set)
+            yield Leaf(path=path, class_name=type(part).__name__, bytes=sum(owned), linear_weight_bytes=linear,
+                       buffer_bytes=sum(buffers.values()), unsaved_buffer_bytes=unsaved)  # fmt: skip
 
 
 def _block_paths(module: nn.Module) -> tuple[str, ...]:

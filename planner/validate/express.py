@@ -154,6 +154,11 @@ def _card(row: PublishedRow, quantity: Quantity) -> tuple[str, int | None, list[
     return REFERENCE_GPU, REFERENCE_GPU_BYTES, [f"card not stated: {REFERENCE_GPU} 80GB; memory hardly depends on it"]
 
 
+def _script_removes(row: PublishedRow) -> tuple[str, ...]:
+    """onediff's benchmarks/text_to_image.py sets ``pipe.safety_checker = None``."""
+    return ("safety_checker",) if "onediff" in row.source else ()
+
+
 def _published(row: PublishedRow) -> Case:
     name, subject = _subject(row.pipeline_class)
     model = profile_name(row.model)
@@ -167,7 +172,8 @@ def _published(row: PublishedRow) -> Case:
     return Case(
         row=_name(row), series=_series(row), source=row.source, grade=row.grade or None, model=model,
         pipeline_class=name, subject=subject, workload=workload, settings=settings, inputs=remarks.inputs,
-        without=tuple(remarks.without), replaced=remarks.replaced, scheduler=remarks.scheduler, second_run=remarks.second_run,
+        without=(*remarks.without, *_script_removes(row)), replaced=remarks.replaced, scheduler=remarks.scheduler,
+        second_run=remarks.second_run,
         quantization_library=library, gpu=gpu, gpu_memory_bytes=gpu_bytes,
         torch_version=row.torch_version or None, diffusers_version=row.diffusers_version or None,
         metric=row.metric, counter=counted.counter, quantity=counted.quantity, measured=row.value,

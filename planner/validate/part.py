@@ -63,7 +63,7 @@ class Part:
         kept = [index for index, call in enumerate(trace.calls) if happened(call.component, call.method)]
         place = {index: number for number, index in enumerate(kept)}
         events = tuple(replace(event, call=place[event.call]) for event in trace.events if event.call in place)
-        changes = {
+        changes: dict[str, object] = {
             "calls": tuple(self._as_then(trace.calls[index]) for index in kept),
             "events": events,
             "variants": {(place[index], mode): self._as_then(call) for (index, mode), call in trace.variants.items() if index in place},

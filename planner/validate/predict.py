@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from planner.calibrate import Mode, calibration_for
 from planner.cost.coefficients import Coefficients, default_coefficients
 from planner.cost.estimate import estimate_of
 from planner.cost.model import CostModel
@@ -42,7 +43,7 @@ _SCHEMES_2024 = {"int8dq": "int8dq_2024"}
 """Schemes whose kernels were others with torch 2.5 and older: torchao made int8 products of few rows on the host."""
 
 
-def predictor(*, calibrate: str = "never") -> Predict:
+def predictor(*, calibrate: Mode = "never") -> Predict:
     """A function that predicts rows. ``calibrate``: "never" uses shipped coefficients, else those stored for the device.
 
     Rows are predicted for the card they name, at its full size less the CUDA context.
@@ -54,7 +55,7 @@ def predictor(*, calibrate: str = "never") -> Predict:
 class Predictor:
     """Prices rows, with traces and cost models shared between them."""
 
-    calibrate: str = "never"
+    calibrate: Mode = "never"
     fitted: dict[str, Coefficients] = field(default_factory=dict)
     """Card name to coefficients that replace the shipped ones."""
     _traces: dict[str, Traces] = field(default_factory=dict)
@@ -93,8 +94,6 @@ class Predictor:
     def _coefficients(self, device: Device) -> Coefficients:
         if self.calibrate == "never":
             return default_coefficients(device)
-        from planner.calibrate import calibration_for
-
         return calibration_for(device, mode=self.calibrate).coefficients
 
 
