@@ -10,11 +10,11 @@ from typing import Any
 import pytest
 import torch
 
-from planner.cost.residency import Residency, residency
+from planner.cost.residency import Residency, residency, window_plan
 from planner.dryrun.facts import own_tensors, read_facts
 from planner.dryrun.run import DryRun
 from planner.dryrun.trace import PipelineTrace
-from planner.facts import ComponentFacts, PipelineFacts
+from planner.facts import ComponentFacts, Leaf, PipelineFacts
 from planner.recipe import Recipe
 from planner.types import Workload
 from tests.sim.memory import rounded_bytes
@@ -162,12 +162,13 @@ def test_a_block_of_a_list_moves_alone_and_the_rest_stays_for_the_whole_call() -
 
 
 def test_two_blocks_to_a_group_hold_both() -> None:
-    facts, _, trace = known("flux")
-    index = next(i for i, call in enumerate(trace.calls) if call.component == "transformer")
-    one, two = (residency(facts, trace, Recipe(offload="group_block", offload_blocks=n)).window[index] for n in (1, 2))
-    assert one is not None
-    assert two is not None
-    assert int(two.max()) > int(one.max())
+    leaves = tuple(Leaf(path=path, class_name="Linear", bytes=size) for path, size in (("a.0", 100), ("a.1", 300), ("a.2", 50), ("head", 7)))
+    part = ComponentFacts(name="transformer", class_name="X", library="diffusers", role="denoiser", dtype="fp32", parameters=0,
+                          weight_bytes=457, leaves=leaves, block_paths=("a.0", "a.1", "a.2"))  # fmt: skip
+    for width, expected in ((1, (100, 300, 50)), (2, (400, 400, 50))):
+        units = window_plan(part, Recipe(offload="group_block", offload_blocks=width), 457).units
+        assert units[""][1] == 7
+        assert tuple(units[f"a.{number}"][1] for number in range(3)) == expected
 
 
 def test_order_of_strategies_by_what_is_on_the_device() -> None:
