@@ -28,7 +28,8 @@ def estimate_of(model: CostModel, recipe: Recipe, cost: Cost | None = None, *, d
     return Estimate(
         fits=budget is None or cost.needed_bytes <= budget,
         peak_allocated_bytes=peak, peak_allocated_bytes_low=low, peak_allocated_bytes_high=high,
-        peak_reserved_bytes=reserved, peak_reserved_bytes_low=max(low, round(reserved * 0.95)), peak_reserved_bytes_high=round(max(high, reserved) * 1.08),
+        peak_reserved_bytes=reserved, peak_reserved_bytes_low=max(low, round(reserved * 0.95)),
+        peak_reserved_bytes_high=round(max(high, reserved) * 1.08),
         device_used_bytes=used, device_used_bytes_low=round(used * 0.94), device_used_bytes_high=round(used * 1.1),
         host_bytes=cost.host_bytes, host_bytes_low=round(cost.host_bytes * 0.95), host_bytes_high=round(cost.host_bytes * 1.1),
         latency_seconds=latency, latency_seconds_low=latency / (1 + spread), latency_seconds_high=latency * (1 + spread),
@@ -41,7 +42,8 @@ def estimate_of(model: CostModel, recipe: Recipe, cost: Cost | None = None, *, d
 def step_seconds(model: CostModel, cost: Cost) -> float | None:
     """One denoising iteration: the time of everything in the loop over the iterations the pipeline counted."""
     steps = cost.trace.steps
-    loop = [phase for phase in cost.phases if steps and phase.count >= steps and model.role(cost.trace.calls[phase.call].component) != "vae"]
+    repeated = [phase for phase in cost.phases if steps and phase.count >= steps]
+    loop = [phase for phase in repeated if model.role(cost.trace.calls[phase.call].component) != "vae"]
     if not steps or not loop:
         return None
     glue = cost.glue_seconds / steps if steps > 1 else 0.0
@@ -87,29 +89,41 @@ def _terms(model: CostModel, cost: Cost) -> tuple[Term, ...]:
     if top is not None:
         name = cost.trace.calls[top.call].name
         terms += [
-            Term(name=f"weights resident during {name}", bytes=top.resident_bytes, basis="datasheet", source="the model's configuration; offload simulated over the calls made"),
-            Term(name="weights moving through", bytes=top.cost.window_bytes, basis="datasheet", source="largest unit that offload keeps on the device"),
+            Term(name=f"weights resident during {name}", bytes=top.resident_bytes, basis="datasheet",
+                 source="the model's configuration; offload simulated over the calls made"),
+            Term(name="weights moving through", bytes=top.cost.window_bytes, basis="datasheet",
+                 source="largest unit that offload keeps on the device"),
             Term(name="held by the pipeline", bytes=top.held_bytes, basis="datasheet", source="lifetimes in the dry run"),
             Term(name=f"activations of {name}", bytes=top.cost.activations_bytes, basis="datasheet", source="lifetimes in the dry run"),
-            Term(name=f"operator workspace of {name}", bytes=top.cost.workspace_bytes, basis="published", source="layout copies and attention buffers, planner.cost.workspace"),
+            Term(name=f"operator workspace of {name}", bytes=top.cost.workspace_bytes, basis="published",
+                 source="layout copies and attention buffers, planner.cost.workspace"),
         ]  # fmt: skip
     resting = cost.residency.rest_bytes + cost.blas_bytes
     terms.append(Term(name="allocated between calls", bytes=resting, basis="datasheet", source="weights that stay, cuBLAS workspace"))
     if cost.blas_bytes:
-        terms.append(Term(name="cuBLAS workspace", bytes=cost.blas_bytes, basis="datasheet", source=coefficients.source("blas_workspace_bytes")))
+        source = coefficients.source("blas_workspace_bytes")
+        terms.append(Term(name="cuBLAS workspace", bytes=cost.blas_bytes, basis="datasheet", source=source))
     if cost.graph_pool_bytes:
-        terms.append(Term(name="CUDA graph pool", bytes=cost.graph_pool_bytes, basis="assumed", source="activations of the captured call stay in its pool"))
+        source = "activations of the captured call stay in its pool"
+        terms.append(Term(name="CUDA graph pool", bytes=cost.graph_pool_bytes, basis="assumed", source=source))
     if coefficients.context_bytes:
-        terms.append(Term(name="context and libraries (not torch's)", bytes=coefficients.context_bytes, basis=coefficients.basis, source=coefficients.source("context_bytes")))
+        name, source = "context and libraries (not torch's)", coefficients.source("context_bytes")
+        terms.append(Term(name=name, bytes=coefficients.context_bytes, basis=coefficients.basis, source=source))
     for phase in cost.phases:
         trace = cost.trace.calls[phase.call]
         flops = sum(float(trace.flops[trace.kind == kind].sum()) for kind in (Kind.MATMUL, Kind.CONVOLUTION, Kind.ATTENTION))
         how = f"{phase.count} x {flops / 1e12:.3g} TFLOP, {phase.cost.time.kernels} kernels"
         terms.append(Term(name=f"{trace.name}", seconds=phase.compute_seconds * cost.calls, basis=coefficients.basis, source=how))
         if phase.transfer_seconds:
-            terms.append(Term(name=f"{trace.name}: copies", seconds=phase.transfer_seconds * cost.calls, basis=coefficients.basis, source=coefficients.source("link_share")))
-    terms.append(Term(name="the pipeline's own code", seconds=cost.glue_seconds * cost.calls, basis=coefficients.basis, source=coefficients.source("launch_seconds")))
-    terms.append(Term(name="pictures on the host", seconds=cost.host_seconds * cost.calls, basis=coefficients.basis, source=coefficients.source("picture_bytes_per_second")))
+            source = coefficients.source("link_share")
+            copies = phase.transfer_seconds * cost.calls
+            terms.append(Term(name=f"{trace.name}: copies", seconds=copies, basis=coefficients.basis, source=source))
+    for name, seconds, field in (
+        ("the pipeline's own code", cost.glue_seconds, "launch_seconds"),
+        ("pictures on the host", cost.host_seconds, "picture_bytes_per_second"),
+    ):
+        source = coefficients.source(field)
+        terms.append(Term(name=name, seconds=seconds * cost.calls, basis=coefficients.basis, source=source))
     return tuple(terms)
 
 

@@ -137,7 +137,7 @@ def phase_table(estimate: Estimate, width: int, verbose: bool = False) -> list[s
     shown = phases if verbose else most_important(phases)
     highest, longest = max(phases, key=lambda phase: phase.peak_allocated_bytes), max(phases, key=lambda phase: phase.seconds)
     roomy = width >= ROOMY
-    rows = [_PHASE_HEAD if roomy else _NARROW_HEAD]
+    rows: list[tuple[str, ...]] = [_PHASE_HEAD if roomy else _NARROW_HEAD]
     rows += [_phase_row(phase, phase is highest, phase is longest, roomy) for phase in shown]
     lines = table(rows, width, left=(0, 7))
     left_out = [phase for phase in phases if phase not in shown]
