@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from planner.dryrun.provider import Traces
     from planner.models import ModelSource
 
+NOT_NEEDED = "never faster, and the memory that it saves is not needed here"
 HOST_NOTICE_BYTES = 16 * GIB
 """Assumed: host memory that many desktops do not have free; where the host is unknown, more than this is pointed out."""
 STAGE_MARGIN = 0.02
@@ -41,7 +42,9 @@ def decide(source: ModelSource, traces: Traces, model: CostModel, request: Reque
     host = host_budget(request, model.device)
     split_margin = model.coefficients.latency_error / 2
     for stage in stages(context, request):
-        barred = {name: [*stage.get(name, ()), *(excluded or {}).get(name, ())] for name in {*stage, *(excluded or {})}}
+        barred = {name: dict.fromkeys(values, NOT_NEEDED) for name, values in stage.items()}
+        for name, values in (excluded or {}).items():
+            barred[name] = barred.get(name, {}) | dict.fromkeys(values, "ruled out after a plan with it did not hold")
         space = build_space(context, model, fix=request.fix, calls=request.calls, host_bytes=host, excluded=barred)
         chosen = choose(space, request.objective, split_margin=split_margin)
         if chosen is not None and _good_enough(space, chosen):

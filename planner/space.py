@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
 from planner.cost.model import CostModel, vae_mode
 from planner.dryrun.trace import VaeMode
-from planner.errors import UsageError
+from planner.errors import UnsupportedPipeline, UsageError
 from planner.knobs import KNOBS, Conflict, Context, Knob, knob, normalize, parse_settings, violations
 from planner.knobs.base import QUALITY_ORDER
 from planner.phases import TRACE, VAE, Pricing, Recipes
@@ -83,8 +83,8 @@ def recipe_of(settings: Settings, context: Context) -> Recipe:
 
 def build_space(context: Context, model: CostModel, *, fix: Settings | None = None, calls: int | None = None,
                 budget_bytes: int | None = None, host_bytes: int | None = None,
-                excluded: Mapping[str, Collection[KnobValue]] | None = None) -> Space:  # fmt: skip
-    """The space of plans. ``excluded`` values are not chosen (unless they leave the pipeline as it is).
+                excluded: Mapping[str, Mapping[KnobValue, str]] | None = None) -> Space:  # fmt: skip
+    """The space of plans. ``excluded`` values are not chosen (unless they leave the pipeline as it is), for the reason given.
 
     ``calls``: how many calls setting up is weighed against; None: setting up costs nothing.
 
@@ -100,7 +100,7 @@ def build_space(context: Context, model: CostModel, *, fix: Settings | None = No
     axes = tuple(Axis(each.name, domains[each.name]) for each in KNOBS)
     recipes = Recipes(lambda chosen: recipe_of(chosen, context), axes, {axis.name: axis.values[0] for axis in axes})
     pricing = Pricing(model, recipes, calls, _modes(recipes))
-    rules += _vae_rules(pricing, recipes)
+    rules += _traced(pricing, recipes) + _vae_rules(pricing, recipes)
     problem = Problem(axes, pricing.phases(), tuple(rules), pricing.stock(), calls, DECIDED_FIRST)
     limits = Limits(budget_bytes if budget_bytes is not None else model.device.budget_bytes, host_bytes)
     return Space(context, model, Solver(problem), limits, fixed, baseline, tuple(left_out), recipes)
@@ -120,7 +120,7 @@ def _check_fixed(fixed: Settings, context: Context) -> None:
         raise UsageError(f"{name}={value} cannot be used {reason} [{source}]. Leave one of the two free.")
 
 
-def _domains(context: Context, fixed: Settings, baseline: Settings, excluded: Mapping[str, Collection[KnobValue]]
+def _domains(context: Context, fixed: Settings, baseline: Settings, excluded: Mapping[str, Mapping[KnobValue, str]]
              ) -> tuple[dict[str, tuple[Value, ...]], list[tuple[str, KnobValue, str]]]:  # fmt: skip
     domains: dict[str, tuple[Value, ...]] = {}
     left_out: list[tuple[str, KnobValue, str]] = []
@@ -130,7 +130,7 @@ def _domains(context: Context, fixed: Settings, baseline: Settings, excluded: Ma
             continue
         kept = [baseline[each.name]]
         for value in each.values(context):
-            reason = _unwanted(each, value, context, excluded.get(each.name, ()))
+            reason = _unwanted(each, value, context, excluded.get(each.name, {}))
             if value not in kept and reason is None:
                 kept.append(value)
             elif reason is not None and value != kept[0]:
@@ -139,9 +139,9 @@ def _domains(context: Context, fixed: Settings, baseline: Settings, excluded: Ma
     return domains, left_out
 
 
-def _unwanted(each: Knob, value: KnobValue, context: Context, excluded: Collection[KnobValue]) -> str | None:
+def _unwanted(each: Knob, value: KnobValue, context: Context, excluded: Mapping[KnobValue, str]) -> str | None:
     if value in excluded:
-        return "ruled out after a plan with it did not hold"
+        return excluded[value]
     level = each.quality(value, context)
     if QUALITY_ORDER.index(level) > QUALITY_ORDER.index(context.quality):
         return f'needs quality="{level}", asked for is "{context.quality}"'
@@ -247,6 +247,23 @@ def _modes(recipes: Recipes) -> tuple[VaeMode, ...]:
     chosen = (dict(zip(names, values, strict=True)) for values in product(*domains))
     found = {vae_mode(recipes.of(names, each)) for each in chosen}
     return tuple(sorted((mode for mode in found if mode is not None), key=lambda mode: mode.text))
+
+
+def _traced(pricing: Pricing, recipes: Recipes) -> list[Rule]:
+    """Dtypes and splits in which the pipeline's own code does not run; as the pipeline is, it must."""
+    names = tuple(axis.name for axis in recipes.axes if axis.name in recipes.changing(TRACE))
+
+    def refuse(chosen: Assignment) -> str | None:
+        recipe = recipes.of(names, chosen)
+        if recipe.dtype is None and recipe.calls == 1:
+            return None
+        try:
+            pricing.trace(recipe)
+        except (UnsupportedPipeline, UsageError) as error:
+            return f"the pipeline's code does not run this way: {error}"
+        return None
+
+    return [Rule(names, refuse, "dry run")] if names else []
 
 
 def _vae_rules(pricing: Pricing, recipes: Recipes) -> list[Rule]:

@@ -183,7 +183,7 @@ def test_a_fixed_value_that_a_rule_refuses_is_an_error_with_the_reason() -> None
 
 
 def test_excluded_values_and_higher_quality_levels_are_left_out_with_a_reason() -> None:
-    space = build_space(*world(SMALL, 4, quality="exact"), excluded={"vae_slicing": [True]})
+    space = build_space(*world(SMALL, 4, quality="exact"), excluded={"vae_slicing": {True: "it did not hold"}})
     assert space.problem.values("dtype") == ("fp16",)
     assert space.problem.values("vae_slicing") == (False,)
     reasons = {(name, value): reason for name, value, reason in space.left_out}
