@@ -58,8 +58,13 @@ def _rounded(part: ComponentFacts, module: torch.nn.Module) -> ComponentFacts:
         return sum(rounded_bytes(t.nbytes) for name, t in inside[path].items() if only is None or name in only)
 
     leaves = tuple(
-        leaf.model_copy(update={"bytes": allocated(leaf.path), "buffer_bytes": allocated(leaf.path, buffers[leaf.path]),
-                                "unsaved_buffer_bytes": allocated(leaf.path, unsaved[leaf.path])})  # fmt: skip
+        leaf.model_copy(
+            update={
+                "bytes": allocated(leaf.path),
+                "buffer_bytes": allocated(leaf.path, buffers[leaf.path]),
+                "unsaved_buffer_bytes": allocated(leaf.path, unsaved[leaf.path]),
+            }
+        )
         for leaf in part.leaves
     )
     unique = {id(t): t for t in (*module.parameters(), *module.buffers())}
@@ -162,7 +167,8 @@ def test_a_block_of_a_list_moves_alone_and_the_rest_stays_for_the_whole_call() -
 
 
 def test_two_blocks_to_a_group_hold_both() -> None:
-    leaves = tuple(Leaf(path=path, class_name="Linear", bytes=size) for path, size in (("a.0", 100), ("a.1", 300), ("a.2", 50), ("head", 7)))
+    sizes = {"a.0": 100, "a.1": 300, "a.2": 50, "head": 7}
+    leaves = tuple(Leaf(path=path, class_name="Linear", bytes=size) for path, size in sizes.items())
     part = ComponentFacts(name="transformer", class_name="X", library="diffusers", role="denoiser", dtype="fp32", parameters=0,
                           weight_bytes=457, leaves=leaves, block_paths=("a.0", "a.1", "a.2"))  # fmt: skip
     for width, expected in ((1, (100, 300, 50)), (2, (400, 400, 50))):

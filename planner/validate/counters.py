@@ -29,8 +29,8 @@ _BINARY = re.compile(r"^(tao|onediff|dquant|ort|pr9177|pr10503|sd3blog|pr11682|s
 # The benchmark of that post prints torch.cuda.memory_allocated() after the call: batch 1 and 4 differ by 1 MB.
 _RESTING = re.compile(r"optimum-quanto")
 RESTING_TERM = "allocated between calls"
-RESTING_ERROR = 0.015
-"""Half width of its interval: only weights, rounded to blocks."""
+RESTING_ERROR = 0.04
+"""Half width of its interval: which layers a library leaves unquantized is not always told."""
 _BINARY_NOTE = re.compile(r"GiB|1024\s*\*\*\s*3|MiB")
 
 
