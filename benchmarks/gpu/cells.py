@@ -24,6 +24,7 @@ from planner.errors import NoFeasiblePlan, PlannerError
 from planner.knobs import KNOBS, normalize, violations
 from planner.knobs.base import Context
 from planner.models import ModelSource
+from planner.progress import Progress, silent
 from planner.space import recipe_of
 from planner.targets import with_budget
 from planner.types import Device, Estimate, KnobValue, Settings, Workload
@@ -116,12 +117,13 @@ def small_card(device: Device, cap_bytes: int) -> Device:
 # -- all cells --------------------------------------------------------------------------------------------------------
 
 
-def cells_for(subjects: Iterable[Subject], device: Device, kinds: frozenset[str]) -> Iterator[Cell]:
+def cells_for(subjects: Iterable[Subject], device: Device, kinds: frozenset[str], say: Progress = silent) -> Iterator[Cell]:
     """Every cell of these subjects, each once; a subject that cannot be traced here is left out with a warning."""
     if "probe" in kinds:
         yield from device_probes(device)
     for subject in subjects:
         planner = Planner(subject, device)
+        say(f"planning the cells of {subject.name}")
         try:
             yield from merged(_of_subject(planner, kinds))
         except PlannerError as error:

@@ -115,7 +115,7 @@ def plan(device: Device, kinds: frozenset[str], names: Sequence[str]) -> list[Ce
     from benchmarks.gpu.subjects import find_subject
     from planner.targets import with_budget
 
-    return list(cells_for([find_subject(name) for name in names], with_budget(device, None), kinds))
+    return list(cells_for([find_subject(name) for name in names], with_budget(device, None), kinds, _say))
 
 
 def read_prepared(path: Path, device: Device, kinds: frozenset[str], names: Sequence[str]) -> list[Cell] | None:
