@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from planner.dryrun import store
 from planner.dryrun.trace import PipelineTrace, VaeMode, from_arrays, to_arrays
+from planner.errors import PlannerError
 from planner.facts import PipelineFacts
 from planner.models import ModelSource
 from planner.types import Frozen, Workload
@@ -45,6 +46,7 @@ class Traces:
     """What the disk cache's keys are made of; None: nothing is read from or written to disk."""
     _dry_run: DryRun | None = None
     _traces: dict[_Key, PipelineTrace] = field(default_factory=dict)
+    _failed: dict[_Key, PlannerError] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -97,10 +99,16 @@ class Traces:
             UsageError: the batch does not fit the pipeline's call.
         """
         key = (dtype, batch_size or self.workload.batch_size)
+        if key in self._failed:
+            raise self._failed[key]
         known = self._traces.get(key) or self._stored(key)
         if known is None or not _covers(known, modes):
             dry_run = self._running()
-            known = dry_run.trace(*key, (*modes, *(_modes_of(known) if known else ())))
+            try:
+                known = dry_run.trace(*key, (*modes, *(_modes_of(known) if known else ())))
+            except PlannerError as error:
+                self._failed[key] = error
+                raise
             self._store(key, known)
         self._traces[key] = known
         return known

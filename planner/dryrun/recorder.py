@@ -7,6 +7,7 @@ a ``meta`` tensor is lifted to ``meta``. An operation that has no ``meta`` kerne
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Callable
 from typing import Any
@@ -40,6 +41,8 @@ ROUND_BYTES = 512
 GLUE_META_BYTES = 256 << 10
 """Component results above this stay on ``meta`` in the pipeline's own code, which then costs no arithmetic."""
 TABLE_ELEMENTS = 1 << 14
+VALUE_ELEMENTS = 1 << 22
+"""Within a component, larger tensors of whatever dtype lose their values: a mask of all pairs of a video's pixels."""
 _ZERO_FALLBACK_LIMIT_BYTES = 1 << 30
 _OVERWRITING = {"copy_", "fill_", "zero_", "normal_", "uniform_"}
 _INDEXING = {"index", "index_put_", "index_put", "_index_put_impl_"}
@@ -213,8 +216,11 @@ class Recorder(TorchDispatchMode):  # type: ignore[misc]
         """Large real numbers made of values (position tables): from here on only their shape matters, arithmetic is saved."""
         if not self.inside or self.all_values or not is_functional(func):
             return False
-        if not any(tensor.numel() > TABLE_ELEMENTS for tensor in tensors):
+        largest = max((tensor.numel() for tensor in tensors), default=0)
+        if largest <= TABLE_ELEMENTS:
             return False
+        if largest > VALUE_ELEMENTS or (len(tensors) > 1 and _broadcast_elements(tensors) > VALUE_ELEMENTS):
+            return True
         return kwargs.get("dtype") in FLOATING or any(tensor.dtype in FLOATING for tensor in tensors)
 
     def _placed(self, func: Any, args: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -398,6 +404,14 @@ def _fresh(tensors: list[torch.Tensor], outs: list[torch.Tensor]) -> list[torch.
     """Results with a storage of their own: what an operation writes in place was there before."""
     given = {tensor.untyped_storage()._cdata for tensor in tensors}
     return [item for item in outs if item.untyped_storage()._cdata not in given]
+
+
+def _broadcast_elements(tensors: list[torch.Tensor]) -> int:
+    """Elements of the tensors broadcast against each other, as pointwise work would; of the first one where they do not fit."""
+    try:
+        return math.prod(torch.broadcast_shapes(*(tensor.shape for tensor in tensors)))
+    except RuntimeError:
+        return tensors[0].numel()
 
 
 def _shape_only(tensor: torch.Tensor) -> torch.Tensor:

@@ -71,7 +71,6 @@ class DryRun:
                 cast_meta(session, dtype)
             try:
                 arguments = call_arguments(self.pipe, workload, inputs, with_images)
-                arguments = cast_inputs(arguments, dtype)
                 trace = session.run(arguments)
             except PlannerError:
                 raise
@@ -120,15 +119,6 @@ def cast_meta(session: Session, dtype: str) -> None:
             for name, buffer in part._buffers.items():
                 if buffer is not None and buffer.is_floating_point():
                     part._buffers[name] = buffer.to(target)
-
-
-def cast_inputs(arguments: dict[str, Any], dtype: str | None) -> dict[str, Any]:
-    """Embeddings that the user passes follow the dtype of the pipeline they are passed to."""
-    if dtype is None:
-        return arguments
-    target = TORCH_DTYPES[dtype]
-    return {name: value.to(target) if isinstance(value, torch.Tensor) and value.is_floating_point() and "embeds" in name else value
-            for name, value in arguments.items()}  # fmt: skip
 
 
 def _split_inputs(inputs: Mapping[str, Any], parts: int) -> dict[str, Any]:
