@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import logging
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -12,16 +10,15 @@ from planner.calibrate import Calibration, calibration_for
 from planner.cost.model import CostModel
 from planner.decide import decide, settings_estimate
 from planner.dryrun.provider import Traces
-from planner.errors import NoFeasiblePlan, PlannerError, UnsupportedPipeline, UsageError, VerificationError
+from planner.errors import NoFeasiblePlan, UnsupportedPipeline, UsageError
 from planner.models import ModelSource, resolve
 from planner.plan import Plan
-from planner.progress import Progress, silent
+from planner.probing import Prober
+from planner.progress import Progress, to_stderr
+from planner.session import Session
 from planner.targets import live_target, target_for
 from planner.types import Device, Estimate, KnobValue, Objective, Quality, Workload
 
-logger = logging.getLogger(__name__)
-MAX_ATTEMPTS = 4
-"""Plans that are tried on the live pipeline before giving up, the first one included."""
 PROBE_SECONDS = {"auto": 20.0, "full": 60.0}
 _WORKLOAD_NAMES = {"frames": "num_frames", "steps": "num_inference_steps", "guidance": "guidance_scale"}
 
@@ -65,7 +62,8 @@ def autoplan(
     """Decide how to run ``pipe`` fastest within its device's memory, put it in force and check it.
 
     ``inputs`` are keyword arguments of your own call; ``memory_budget`` is bytes or a text such as ``"8GiB"``, by default
-    what is free now less a headroom. With ``apply=False`` nothing is touched. ``progress`` gets one line per stage.
+    what is free now less a headroom. With ``apply=False`` nothing is touched. ``progress`` gets one line per stage;
+    by default they go to stderr when that is a terminal.
 
     Raises:
         NoFeasiblePlan: nothing fits; carries the leanest candidate and what is missing.
@@ -73,21 +71,26 @@ def autoplan(
         UsageError: a size, budget, knob or word that cannot be meant.
         ApplyError, VerificationError: the plan did not take or did not hold; the pipeline is as it was.
     """
-    say = progress or silent
+    say = progress or to_stderr
     request = _request(quality, objective, calls, fix, host_memory_budget)
     source = _live(pipe)
     target = live_target(pipe, device, memory_budget, calibrate, say)
     say("tracing the pipeline on meta")
     traces = Traces.of(source, _workload(batch_size=batch_size), inputs)
     calibration = calibration_for(target, mode=_mode(calibrate))
-    probes = _probe(traces, target, calibration, calibrate, say)
-    model = CostModel(traces, target, calibration.coefficients, traces.workload.batch_size, probes)
+    model = CostModel(traces, target, calibration.coefficients, traces.workload.batch_size)
     model.memory_scale, model.time_scale = calibration.corrections(source.digest)
+    session = Session(source, traces, model, request, calibration, dict(inputs or {}))
+    session.asked = {"device": device, "memory_budget": memory_budget, "host_memory_budget": host_memory_budget}
+    prober = _probe(traces, model, calibration, calibrate, quality, say)
+    if prober is not None:
+        session.refine = lambda decided: prober.refine(traces, decided)
     say("searching")
-    plan = decide(source, traces, model, request)
-    if not apply:
-        return plan
-    return _apply_and_check(plan, pipe, dict(inputs or {}), request, source, traces, model, calibration, verify, say)
+    plan = session.decide()
+    if apply:
+        return session.settle(plan, pipe, say, verify)
+    plan._remember(pipe)
+    return plan
 
 
 def explain(model: Any, gpu: str | None = None, *, memory: int | str | None = None, host_memory: int | str | None = None,
@@ -189,81 +192,13 @@ def _model(source: ModelSource, target: Device, calibrate: str, inputs: Mapping[
     return CostModel(traces, target, calibration.coefficients, traces.workload.batch_size), traces
 
 
-def _probe(traces: Traces, target: Device, calibration: Calibration, calibrate: str, say: Progress) -> Mapping[str, float] | None:
+def _probe(traces: Traces, model: CostModel, calibration: Calibration, calibrate: str, quality: Quality, say: Progress) -> Prober | None:
     """Time the operations that this pipeline would run as it is, where the device is here to be probed."""
-    if calibrate == "never" or target.kind not in ("cpu", "cuda"):
+    if calibrate == "never" or model.device.kind not in ("cpu", "cuda"):
         return None
-    from planner.calibrate import probe_missing
-
-    say("probing the operations of this pipeline")
-    calls = [(call, trace.count(index)) for trace in (traces.trace(None, None),) for index, call in enumerate(trace.calls)]
-    return probe_missing(calls, target, calibration, PROBE_SECONDS[calibrate], say)
-
-
-def _apply_and_check(plan: Plan, pipe: Any, inputs: dict[str, Any], request: Request, source: ModelSource, traces: Traces,
-                     model: CostModel, calibration: Calibration, verify: bool, say: Progress) -> Plan:  # fmt: skip
-    """Apply; where reality disagrees, correct the model and take the next best plan, a bounded number of times."""
-    from planner import verify as checking
-    from planner.force import give_back_memory, is_out_of_memory, take_back
-
-    warnings: list[str] = []
-    refused: dict[str, set[KnobValue]] = {}
-    for attempt in range(MAX_ATTEMPTS):
-        reference = checking.reference_output(plan, pipe, inputs) if verify else None
-        say("applying " + (", ".join(f"{name}={value}" for name, value in plan.changes.items()) or "nothing: the pipeline stays as it is"))
-        started = time.perf_counter()
-        plan.apply(pipe)
-        if not verify:
-            return plan
-        try:
-            say("checking with one run")
-            seen = checking.check(plan, pipe, inputs, reference)
-            failures, measured = seen.failures, seen.measurement
-        except BaseException as error:
-            take_back(pipe)
-            if not is_out_of_memory(error):
-                raise
-            give_back_memory(pipe)
-            failures, measured = (f"out of memory after {time.perf_counter() - started:.0f} s",), None
-        if measured is not None:
-            calibration.observe(source.digest, plan, measured)
-        if not failures:
-            return _checked(plan, measured, warnings)
-        if measured is not None:
-            take_back(pipe)
-        warnings.append(f"attempt {attempt + 1} was taken back: {'; '.join(failures)}")
-        logger.warning("%s", warnings[-1])
-        plan = _replanned(plan, measured, refused, request, source, traces, model)
-    raise VerificationError(f"{MAX_ATTEMPTS} plans were tried and none held; the pipeline is as it was. {'; '.join(warnings)}")
-
-
-def _checked(plan: Plan, measured: Any, warnings: list[str]) -> Plan:
-    checked = plan.model_copy(update={"measured": measured, "warnings": (*plan.warnings, *warnings)})
-    checked._bound = plan._bound
-    return checked
-
-
-def _replanned(plan: Plan, measured: Any, refused: dict[str, set[KnobValue]], request: Request, source: ModelSource, traces: Traces,
-               model: CostModel) -> Plan:  # fmt: skip
-    """Correct the cost model by what was seen (memory), or rule out what spoiled the output, and decide again."""
-    peak = measured.peak_allocated_bytes if measured is not None else None
-    budget = model.device.budget_bytes
-    if measured is None or (budget is not None and peak is not None and peak > budget):
-        predicted = plan.predicted.peak_allocated_bytes
-        factor = peak / predicted if peak else (budget or predicted) * 1.05 / predicted
-        model.memory_scale *= max(factor, 1.02)
-        model.forget()
-    else:
-        from planner.verify import NUMERIC_KNOBS
-
-        for name, value in plan.changes.items():
-            if name in NUMERIC_KNOBS:
-                refused.setdefault(name, set()).add(value)
-    excluded = {name: frozenset(values) for name, values in refused.items()}
-    try:
-        return decide(source, traces, model, request, excluded=excluded)
-    except PlannerError as error:
-        raise NoFeasiblePlan(f"after a plan that did not hold, nothing else fits: {error}") from error
+    prober = Prober(model, calibration, PROBE_SECONDS[calibrate], quality, say)
+    prober.baseline(traces)
+    return prober
 
 
 __all__ = ["Request", "autoplan", "estimate", "explain", "max_batch_size"]

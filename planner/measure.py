@@ -78,17 +78,17 @@ def clocked(pipe: Any, synchronize: Callable[[], None] = lambda: None) -> Iterat
                 vars(pipe).pop("progress_bar", None)
 
 
-def measure_call(pipe: Any, call: Callable[[], Any], device: Any, *, repetitions: int = 1, warmup: int = 0) -> tuple[Any, Measurement]:
+def measure_call(pipe: Any, call: Callable[[], Any], device: Any, *, repetitions: int = 1, warmup: int = 0,
+                 counters: bool = True) -> tuple[Any, Measurement]:  # fmt: skip
     """Run ``call`` and measure it; the last output and the counters. Times are medians over ``repetitions``.
 
-    On the CPU one more run, not timed, records the allocator's events.
+    On the CPU one more run before the timed ones records the allocator's events (unless ``counters`` is false).
     """
-    cuda = device.type == "cuda"
     synchronize = _synchronizer(device)
     for _ in range(warmup):
         call()
-    if cuda:
-        _reset_cuda(device)
+    seen = _cpu_counters(pipe, call) if device.type == "cpu" and counters else {}
+    reset_peak(device)
     times: list[float] = []
     output = None
     with clocked(pipe, synchronize) as clock:
@@ -100,13 +100,11 @@ def measure_call(pipe: Any, call: Callable[[], Any], device: Any, *, repetitions
             output = call()
             synchronize()
             times.append(time.perf_counter() - start)
-    if cuda:
-        counters = _cuda_counters(device)
-    else:
-        counters = _cpu_counters(pipe, call) if device.type == "cpu" else {}
+    if device.type != "cpu":
+        seen = _device_counters(device)
     middle = sorted(times)[len(times) // 2]
-    seen = Measurement(latency_seconds=middle, step_seconds=clock.step_seconds, repetitions=tuple(times))
-    return output, seen.model_copy(update=counters)
+    timed = Measurement(latency_seconds=middle, step_seconds=clock.step_seconds, repetitions=tuple(times))
+    return output, timed.model_copy(update=seen)
 
 
 def weight_bytes(pipe: Any, device_type: str | None = None) -> int:
@@ -118,32 +116,77 @@ def weight_bytes(pipe: Any, device_type: str | None = None) -> int:
         if isinstance(module, nn.Module):
             for tensor in (*module.parameters(), *module.buffers()):
                 if device_type is None or tensor.device.type == device_type:
-                    storage = tensor.untyped_storage()
-                    seen[storage.data_ptr()] = storage.nbytes()
+                    key, size = _storage(tensor)
+                    seen[key] = size
     return sum(seen.values())
 
 
+def _storage(tensor: Any) -> tuple[int, int]:
+    """What tells two storages apart, and its bytes; a wrapper without storage counts its own elements."""
+    try:
+        storage = tensor.untyped_storage()
+        address = storage.data_ptr()
+    except (RuntimeError, NotImplementedError):
+        address = 0
+    if not address:
+        return -id(tensor), tensor.numel() * tensor.element_size()
+    return address, storage.nbytes()
+
+
+# -- the device's own counters ----------------------------------------------------------------------------------------
+
+
+def accelerators() -> list[Any]:
+    """The modules (``torch.cuda`` and the like) of accelerators that this process can use."""
+    import torch
+
+    found = [torch.cuda] if torch.cuda.is_available() else []
+    return found + ([torch.sim] if hasattr(torch, "sim") else [])
+
+
+def accelerator(device: Any) -> Any:
+    """``torch.cuda`` for a CUDA device, the module of the same name for any other accelerator; None for the CPU."""
+    import torch
+
+    return None if device.type == "cpu" else getattr(torch, device.type)
+
+
+def available_bytes(device: Any, pipe: Any = None) -> int | None:
+    """What can be had on the device now: free, cached by torch but unused, and what ``pipe`` already holds there."""
+    held = weight_bytes(pipe, device.type) if pipe is not None else 0
+    module = accelerator(device)
+    if module is None:
+        from planner.hardware.host import host_memory
+
+        return host_memory().free_bytes + held
+    free, _ = module.mem_get_info(device)
+    return int(free + max(module.memory_reserved(device) - module.memory_allocated(device), 0) + held)
+
+
+def peak_so_far(device: Any) -> int | None:
+    """Most bytes allocated at once since :func:`reset_peak`; None on the CPU, where nobody counts."""
+    module = accelerator(device)
+    return None if module is None else int(module.max_memory_allocated(device))
+
+
+def reset_peak(device: Any) -> None:
+    """Forget the peak so far; cached blocks go back, so that reserved bytes start from what is used."""
+    module = accelerator(device)
+    if module is not None:
+        gc.collect()
+        module.empty_cache()
+        module.reset_peak_memory_stats(device)
+
+
 def _synchronizer(device: Any) -> Callable[[], None]:
-    import torch
-
-    if device.type == "cuda":
-        return lambda: torch.cuda.synchronize(device)
-    return lambda: None
+    module = accelerator(device)
+    return (lambda: None) if module is None else lambda: module.synchronize(device)
 
 
-def _reset_cuda(device: Any) -> None:
-    import torch
-
-    gc.collect()
-    torch.cuda.empty_cache()
-    torch.cuda.reset_peak_memory_stats(device)
-
-
-def _cuda_counters(device: Any) -> dict[str, int]:
-    import torch
-
-    free, total = torch.cuda.mem_get_info(device)
-    return {"peak_allocated_bytes": torch.cuda.max_memory_allocated(device), "peak_reserved_bytes": torch.cuda.max_memory_reserved(device),
+def _device_counters(device: Any) -> dict[str, int]:
+    module = accelerator(device)
+    free, total = module.mem_get_info(device)
+    return {"peak_allocated_bytes": module.max_memory_allocated(device), "peak_reserved_bytes": module.max_memory_reserved(device),
             "device_used_bytes": total - free}  # fmt: skip
 
 

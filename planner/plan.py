@@ -110,6 +110,21 @@ class Plan(Frozen):
 
         return run_under(self, pipe, inputs)
 
+    def changes_since(self, pipe: Any, **inputs: Any) -> list[str]:
+        """What has changed since the plan was made (free memory, sizes in ``inputs``, components), one line each; empty: nothing."""
+        from planner.watch import changes_since
+
+        return changes_since(self, pipe, inputs)
+
+    def replan(self, pipe: Any, **inputs: Any) -> Plan:
+        """A new plan for the pipeline as it is now and for ``inputs``, with the same wishes; takes the place of what is in force.
+
+        Raises: as :func:`planner.autoplan`; then no plan is in force and the pipeline is as it was.
+        """
+        from planner.force import replan
+
+        return replan(self, pipe, inputs)
+
     def __enter__(self) -> Self:
         from planner.force import in_force
 

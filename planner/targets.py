@@ -39,13 +39,30 @@ def live_target(pipe: Any, device: Any, memory: int | str | None, calibrate: str
     """The device here: CUDA when there is one, else the CPU, whose speed is measured unless ``calibrate`` is "never"."""
     from planner.hardware.detect import detect_device
 
-    found = device if isinstance(device, Device) else detect_device(device)
+    found = device if isinstance(device, Device) else _simulated(device) or detect_device(device)
     if found.kind == "cpu" and calibrate != "never":
         from planner.calibrate import cpu_device_measured
 
         say("measuring this CPU")
         found = cpu_device_measured(found)
     return with_budget(found, memory, pipe)
+
+
+def _simulated(device: Any) -> Device | None:
+    """A device of type ``sim`` (torch's name for an accelerator that tests simulate), as it describes itself; else None."""
+    import sys
+
+    torch = sys.modules.get("torch")
+    if torch is None or device is None or str(device).partition(":")[0] != "sim" or not hasattr(torch, "sim"):
+        return None
+    from planner.hardware.host import host_memory
+
+    free, total = torch.sim.mem_get_info()
+    # Assumed: it has no speed of its own; these rates only put its plans in the order of a GPU's.
+    rates = {"fp32": 1e13, "fp16": 4e13, "bf16": 4e13}
+    return Device(name=torch.sim.get_device_name(), kind="sim", architecture="sim", total_bytes=total, free_bytes=free,
+                  host_free_bytes=host_memory().free_bytes, flops_per_second=rates, bandwidth_bytes_per_second=5e11,
+                  link_bytes_per_second=1e10, basis="assumed", note="simulated; rates are assumed")  # fmt: skip
 
 
 def with_budget(device: Device, memory: int | str | None, pipe: Any = None) -> Device:
@@ -61,7 +78,8 @@ def with_budget(device: Device, memory: int | str | None, pipe: Any = None) -> D
         budget = free - CPU_HEADROOM_BYTES + _already_there(pipe, "cpu")
     else:
         context = default_coefficients(device).context_bytes if device.free_bytes is None else 0
-        budget = free - context - max(int(device.total_bytes * HEADROOM_SHARE), HEADROOM_LEAST_BYTES) + _already_there(pipe, device.kind)
+        headroom = max(int(device.total_bytes * HEADROOM_SHARE), 0 if device.kind == "sim" else HEADROOM_LEAST_BYTES)
+        budget = free - context - headroom + _already_there(pipe, device.kind)
     return device.model_copy(update={"budget_bytes": max(budget, 1)})
 
 

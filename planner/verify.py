@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from planner.types import Measurement, Quality
@@ -15,10 +15,16 @@ if TYPE_CHECKING:
 WHOLE_CALL_SECONDS = 20.0
 """Calls predicted to be shorter than this are checked whole; longer ones with fewer steps, extrapolated."""
 SHORT_STEPS = 3
+REFERENCE_SECONDS = 60.0
+"""Assumed: the untouched pipeline is run for comparison when that is predicted to take no longer than this."""
+SLOWER = 1.15
+"""A plan that takes this many times as long as the untouched pipeline, twice in a row, is slower beyond a busy machine's noise."""
 OUTPUT_TOLERANCE: dict[Quality, float] = {"exact": 0.02, "lossless": 0.12, "lossy": 0.35}
 """Largest mean absolute difference from the untouched pipeline's output, relative to that output's range, per quality.
 Assumed: kernel noise grows over the steps; a black or wrong picture differs by more than a third of the range."""
 NUMERIC_KNOBS = frozenset({"dtype", "quantization", "attention", "vae_tiling", "vae_tile", "tf32", "cache", "scheduler", "steps"})
+OVERFLOWING = ("dtype", "quantization")
+"""Knobs that alone can turn an output black or not finite: they narrow the range of numbers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,129 +33,222 @@ class Check:
 
     measurement: Measurement
     failures: tuple[str, ...]
+    slower: bool = False
+    """Only that the untouched pipeline is faster."""
+    unsound: bool = False
+    """The output is black or not finite, though the untouched pipeline's is not."""
 
 
-def short_inputs(plan: Plan, pipe: Any, inputs: Mapping[str, Any]) -> tuple[dict[str, Any], int | None]:
-    """The user's inputs, with fewer steps when the whole call would take long; and the number of steps left out."""
+@dataclass(frozen=True, slots=True)
+class Reference:
+    """The untouched pipeline, run with the inputs of the check, on the plan's device. ``seconds`` are of those short inputs."""
+
+    output: Any
+    seconds: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class ShortCall:
+    """The user's inputs, with fewer steps where the whole call would take long, and the number of steps left out."""
+
+    inputs: dict[str, Any]
+    left_out: int
+
+
+def short_call(plan: Plan, pipe: Any, inputs: Mapping[str, Any]) -> ShortCall:
+    """The same for all plans of one workload that are compared: decided by the slower of plan and untouched pipeline."""
     from planner.dryrun.inputs import call_parameters
 
-    chosen = dict(inputs)
-    steps = plan.workload.num_inference_steps
-    if plan.predicted.latency_seconds <= WHOLE_CALL_SECONDS or "num_inference_steps" not in call_parameters(pipe):
-        return chosen, 0
-    default = call_parameters(pipe)["num_inference_steps"].default
-    whole = int(chosen.get("num_inference_steps") or steps or default or 0)
-    if whole <= SHORT_STEPS:
-        return chosen, 0
-    return chosen | {"num_inference_steps": SHORT_STEPS}, whole - SHORT_STEPS
+    slowest = max(plan.predicted.latency_seconds, plan.baseline_predicted.latency_seconds if plan.baseline_predicted else 0.0)
+    parameters = call_parameters(pipe)
+    if slowest <= WHOLE_CALL_SECONDS or "num_inference_steps" not in parameters:
+        return ShortCall(dict(inputs), 0)
+    default = parameters["num_inference_steps"].default
+    asked = int(inputs.get("num_inference_steps") or plan.workload.num_inference_steps or default or 0)
+    if asked <= SHORT_STEPS:
+        return ShortCall(dict(inputs), 0)
+    left_out = (int(plan.settings.get("steps", 0)) or asked) - SHORT_STEPS
+    return ShortCall(dict(inputs) | {"num_inference_steps": SHORT_STEPS}, max(left_out, 0))
 
 
-def reference_output(plan: Plan, pipe: Any, inputs: Mapping[str, Any]) -> Any:
-    """Output of the untouched pipeline for the same seed, as an array; None where the plan changes no numbers,
-    or where the untouched pipeline would run on another device than the plan."""
-    if not (set(plan.changes) & NUMERIC_KNOBS) or _device_type(pipe) != plan.device.kind:
-        return None
-    chosen, _ = short_inputs(plan, pipe, inputs)
-    return as_array(_run(plan, pipe, chosen, parts=1))
+def reference(plan: Plan, pipe: Any, inputs: Mapping[str, Any]) -> Reference | None:
+    """Output and time of the untouched pipeline on the plan's device, where it fits and is cheap enough; else None.
 
-
-def check(plan: Plan, pipe: Any, inputs: Mapping[str, Any], reference: Any = None) -> Check:
-    """Run the applied plan once and compare. Whatever the pipeline raises comes out, an OOM among it."""
+    The pipeline is moved to the device for it and is as it was afterwards, whatever happens. What a pipeline raises comes out.
+    """
+    from planner.apply import apply_settings
+    from planner.dryrun.facts import read_facts
     from planner.force import torch_device
     from planner.measure import measure_call
 
-    chosen, left_out = short_inputs(plan, pipe, inputs)
+    if not plan.changes or not _worth_it(plan, pipe, inputs):
+        return None
+    short, device = short_call(plan, pipe, inputs), torch_device(plan)
+    applied = apply_settings(pipe, dict(plan.baseline), device, read_facts(pipe))
+    try:
+        output, seen = measure_call(pipe, lambda: run_seeded(plan, pipe, short.inputs, parts=1), device, counters=False)
+    finally:
+        applied.undo()
+    return Reference(samples(output), seen.latency_seconds)
+
+
+def _worth_it(plan: Plan, pipe: Any, inputs: Mapping[str, Any]) -> bool:
+    """The untouched pipeline is predicted to fit and, with the short call's steps, to take no longer than a minute."""
+    before = plan.baseline_predicted
+    if before is None or not before.fits:
+        return False
+    saved = short_call(plan, pipe, inputs).left_out * (before.step_seconds or 0.0)
+    return before.latency_seconds - saved <= REFERENCE_SECONDS
+
+
+def reference_output(plan: Plan, pipe: Any, inputs: Mapping[str, Any]) -> Reference | None:
+    """:func:`reference`, only where the plan changes numbers."""
+    return reference(plan, pipe, inputs) if set(plan.changes) & NUMERIC_KNOBS else None
+
+
+def check(plan: Plan, pipe: Any, inputs: Mapping[str, Any], compared: Reference | None = None) -> Check:
+    """Run the applied plan once and compare. Whatever the pipeline raises comes out, an OOM among it.
+
+    ``measured`` times are of the whole call: steps that were left out are added at the measured pace.
+    """
+    from planner.force import torch_device
+    from planner.measure import measure_call
+
+    short, device = short_call(plan, pipe, inputs), torch_device(plan)
+    compiled = plan.settings.get("compile", "none") != "none"
+    # The CPU's run for the allocator's events warms up as well.
+    warm = 1 if compiled or device.type != "cpu" else 0
+
+    def once() -> Any:
+        return run_seeded(plan, pipe, short.inputs)
+
+    output, seen = measure_call(pipe, once, device, warmup=warm)
+    slower = _slower(seen.latency_seconds, compared)
+    if slower:  # once more: another process may have had the processor
+        _, again = measure_call(pipe, once, device, counters=False)
+        slower = _slower(again.latency_seconds, compared)
+        best = min(seen, again, key=lambda one: one.latency_seconds)
+        times = {"latency_seconds": best.latency_seconds, "step_seconds": best.step_seconds}
+        seen = seen.model_copy(update=times | {"repetitions": (*seen.repetitions, *again.repetitions)})
+    return _judged(plan, samples(output), compared, slower, _whole(plan, seen, short.left_out))
+
+
+def _slower(seconds: float, compared: Reference | None) -> bool:
+    return compared is not None and compared.seconds is not None and seconds > SLOWER * compared.seconds
+
+
+def _whole(plan: Plan, seen: Measurement, left_out: int) -> Measurement:
+    if not left_out or seen.step_seconds is None:
+        return seen
     parts = int(plan.settings.get("batch_split", 1))
-    warm = 1 if plan.settings.get("compile", "none") != "none" else 0
-    output, seen = measure_call(pipe, lambda: _run(plan, pipe, chosen, parts), torch_device(plan), warmup=warm)
-    array = as_array(output)
-    finite = _is_sound(array)
-    difference = _difference(array, reference)
-    latency, note = seen.latency_seconds, None
-    if left_out and seen.step_seconds is not None:
-        latency += left_out * seen.step_seconds * parts
-        note = f"checked with {SHORT_STEPS} steps; {left_out} more extrapolated from the measured step"
-    measurement = seen.model_copy(
-        update={"latency_seconds": latency, "output_finite": finite, "output_difference": difference, "note": note})  # fmt: skip
-    return Check(measurement, tuple(_failures(plan, measurement)))
+    note = f"checked with {SHORT_STEPS} steps; {left_out} more extrapolated from the measured step"
+    return seen.model_copy(update={"latency_seconds": seen.latency_seconds + left_out * seen.step_seconds * parts, "note": note})
 
 
-def _run(plan: Plan, pipe: Any, inputs: Mapping[str, Any], parts: int) -> Any:
-    """The planned call with a fixed seed where the pipeline takes one."""
+def _judged(plan: Plan, found: list[Any] | None, compared: Reference | None, slower: bool, seen: Measurement) -> Check:
+    finite, difference = is_sound(found), difference_of(found, compared.output if compared else None)
+    blameless = compared is not None and is_sound(compared.output) is False
+    seen = seen.model_copy(update={"output_finite": finite, "output_difference": difference})
+    unsound = finite is False and not blameless
+    failures = _failures(plan, seen, unsound)
+    result = Check(seen, tuple(failures), unsound=unsound)
+    if slower and not failures and plan.objective == "latency" and compared is not None and compared.seconds is not None:
+        line = f"slower than the untouched pipeline ({min(seen.repetitions):.3g} s against {compared.seconds:.3g} s)"
+        return replace(result, failures=(line,), slower=True)
+    return result
+
+
+def _failures(plan: Plan, seen: Measurement, unsound: bool) -> list[str]:
+    found = []
+    if unsound:
+        found.append("the output is constant or not finite (a black picture): the numbers overflow")
+    limit = OUTPUT_TOLERANCE[plan.quality]
+    if not unsound and seen.output_difference is not None and seen.output_difference > limit:
+        found.append(f"the output differs from the untouched pipeline's by {seen.output_difference:.2f} of its range, more than {limit}")
+    budget, peak = plan.device.budget_bytes, seen.peak_allocated_bytes
+    if budget is not None and peak is not None and peak > budget:
+        found.append(f"the measured peak of {peak} bytes is above the budget of {budget}")
+    return found
+
+
+def run_seeded(plan: Plan, pipe: Any, inputs: Mapping[str, Any], parts: int | None = None) -> Any:
+    """The planned call with a fixed seed where the pipeline takes one. ``parts=1``: as the untouched pipeline would run it."""
     import torch
 
+    from planner.calls import call_split
     from planner.dryrun.inputs import call_parameters
-    from planner.force import call_split
 
     seeded = dict(inputs)
     if "generator" in call_parameters(pipe):
         seeded["generator"] = torch.Generator("cpu").manual_seed(0)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        return call_split(plan, pipe, seeded, parts)
+        return call_split(plan, pipe, seeded, parts, fewer_steps=parts != 1)
 
 
-def as_array(output: Any) -> Any:
-    """The pictures, frames or samples of a pipeline output as one float array in [0, 1] where they are pictures."""
-    import numpy as np
+# -- outputs ----------------------------------------------------------------------------------------------------------
 
+
+def samples(output: Any) -> list[Any] | None:
+    """Each picture, video or waveform of a pipeline output as a flat float array, pictures in [0, 1]; None without any."""
     value = output
     if hasattr(output, "__dict__") and not hasattr(output, "shape"):
         value = next((item for item in vars(output).values() if item is not None), None)
     elif isinstance(output, tuple) and output:
         value = output[0]
-    return np.asarray(_flatten(value), dtype=np.float64) if value is not None else None
+    if value is None:
+        return None
+    if not isinstance(value, list | tuple) and getattr(value, "ndim", 0) < 2:
+        value = [value]
+    return [_flat(item) for item in value]
 
 
-def _flatten(value: Any) -> Any:
+def as_array(output: Any) -> Any:
+    """All of :func:`samples` in one flat array; None where there is nothing to look at."""
+    import numpy as np
+
+    found = samples(output)
+    return np.concatenate(found) if found else None
+
+
+def _flat(value: Any) -> Any:
     import numpy as np
 
     if hasattr(value, "detach"):
-        return value.detach().float().cpu().numpy()
+        value = value.detach().float().cpu().numpy()
     if isinstance(value, list | tuple):
-        parts = [np.ravel(_flatten(item)) for item in value]
+        parts = [_flat(item) for item in value]
         return np.concatenate(parts) if parts else np.zeros(0)
     array = np.asarray(value)
-    if array.dtype == np.uint8:
-        return array / 255.0
-    return array if np.issubdtype(array.dtype, np.number) else np.zeros(0)
+    if not np.issubdtype(array.dtype, np.number):
+        return np.zeros(0)
+    scale = 255.0 if array.dtype == np.uint8 else 1.0
+    return np.ravel(array).astype(np.float64) / scale
 
 
-def _is_sound(array: Any) -> bool | None:
-    """Finite and not constant; None when there is nothing to look at."""
+def is_sound(found: list[Any] | None) -> bool | None:
+    """Whether every sample is finite and not constant; None when there is nothing to look at."""
     import numpy as np
 
-    if array is None or array.size == 0:
+    full = [array for array in found or [] if array.size]
+    if not full:
         return None
-    return bool(np.isfinite(array).all()) and (array.size == 1 or float(np.ptp(array)) > 0)
+    return all(bool(np.isfinite(array).all()) and (array.size == 1 or float(np.ptp(array)) > 0) for array in full)
 
 
-def _difference(array: Any, reference: Any) -> float | None:
+def difference_of(found: list[Any] | None, expected: list[Any] | None) -> float | None:
+    """Mean absolute difference over the expected output's range, of the sample where it is largest."""
     import numpy as np
 
-    if array is None or reference is None or array.size == 0:
+    if not found or not expected:
         return None
-    if np.size(array) != np.size(reference):
+    if [array.size for array in found] != [array.size for array in expected]:
         return math.inf
-    spread = float(np.ptp(reference)) or 1.0
-    return float(np.abs(np.ravel(array) - np.ravel(reference)).mean()) / spread
-
-
-def _failures(plan: Plan, seen: Measurement) -> list[str]:
-    found = []
-    if seen.output_finite is False:
-        found.append("the output is constant or not finite (a black picture): the dtype overflows here")
-    limit = OUTPUT_TOLERANCE[plan.quality]
-    if seen.output_difference is not None and not seen.output_difference <= limit:
-        found.append(f"the output differs from the untouched pipeline's by {seen.output_difference:.2f} of its range, more than {limit}")
-    budget = plan.device.budget_bytes
-    peak = seen.peak_allocated_bytes
-    if budget is not None and peak is not None and peak > budget:
-        found.append(f"the measured peak of {peak} bytes is above the budget of {budget}")
-    return found
-
-
-def _device_type(pipe: Any) -> str:
-    from planner.dryrun.facts import read_facts
-
-    return read_facts(pipe).device
+    worst = 0.0
+    for array, other in zip(found, expected, strict=True):
+        if not array.size:
+            continue
+        spread = float(np.ptp(other)) or 1.0
+        each = float(np.abs(array - other).mean()) / spread
+        worst = max(worst, math.inf if math.isnan(each) else each)
+    return worst

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -148,6 +148,20 @@ class Local:
         return replace(self, fusion="whole" if self.fused else "none", autotuned=False, tf32=self.tf32 and single, **timeless)
 
 
+def probes_for(probes: Mapping[str, float] | None, call: CallTrace, local: Local) -> Mapping[str, float] | None:
+    """Probes of a call's operations in the layout and with the attention kernel that the component runs with."""
+    if probes is None or (not local.channels_last and local.attention in ("default", "flash", "efficient", "cudnn")):
+        return probes
+    from planner.calibrate import in_variant
+
+    found = in_variant(probes, call, "channels_last" if local.channels_last else "")
+    if local.attention in ("default", "flash", "efficient", "cudnn"):
+        return found
+    other = in_variant(probes, call, "vanilla") if local.attention == "vanilla" else {}
+    plain = {text: seconds for text, seconds in found.items() if not text.startswith('["attention"')}
+    return plain | {text: seconds for text, seconds in other.items() if text.startswith('["attention"')}
+
+
 def localized(recipe: Recipe, role: str, component: str) -> Local:
     """The part of a recipe that reaches a component of that role: attention and compile act on denoisers, and so on."""
     denoises = role in ("denoiser", "controlnet")
@@ -260,6 +274,14 @@ class CostModel:
             return call
         return trace.variants.get((index, mode.text), call)
 
+    def variants_of(self, trace: PipelineTrace, index: int, recipe: Recipe) -> tuple[Literal["", "channels_last", "vanilla"], ...]:
+        """Layouts and attention kernels in which a call's operations can be probed; none when it is compiled."""
+        local = self._local(trace, index, recipe)
+        if local.fused:
+            return ()
+        layout: Literal["", "channels_last"] = "channels_last" if local.channels_last else ""
+        return (layout, "vanilla") if local.attention == "vanilla" else (layout,)
+
     def role(self, component: str) -> str:
         """Role of a component by its name."""
         if not self._roles:
@@ -289,7 +311,8 @@ class CostModel:
         key = (id(call), local.for_time(bool((slim.dtype == DTYPE_CODES["fp32"]).any())))
         known = self._times.get(key)
         if known is None:
-            known = self._times[key] = call_time(slim, self.device, self.coefficients, recipe, scheme, self.probes, local.fused)
+            probes = probes_for(self.probes, slim, local)
+            known = self._times[key] = call_time(slim, self.device, self.coefficients, recipe, scheme, probes, local.fused)
         return known
 
     def _condensed(self, call: CallTrace) -> tuple[CallTrace, Ints]:
