@@ -14,8 +14,9 @@ import math
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -144,13 +145,15 @@ class Fit:
                 home.append(place)
         return groups
 
-    def solve(self) -> Floats:
-        """Fitted values, as logarithms."""
+    def solve(self, start: Mapping[tuple[str, str], float] | None = None) -> Floats:
+        """Fitted values, as logarithms; ``start`` is a fit of nearly the same rows."""
         from scipy.optimize import least_squares
 
         low, high = (np.log([getattr(number, side) for number in self.numbers]) for side in ("low", "high"))
-        solved = least_squares(self.residuals, np.clip(self.prior, low + 1e-3, high - 1e-3), jac=self.jacobian, bounds=(low, high),
-                               loss="soft_l1", f_scale=_SCALE, x_scale=0.3, max_nfev=40, ftol=1e-4)  # fmt: skip
+        known = start or {}
+        first = np.log([known.get((number.section, number.name), number.prior) for number in self.numbers])
+        solved = least_squares(self.residuals, np.clip(first, low + 1e-3, high - 1e-3), jac=self.jacobian, bounds=(low, high),
+                               loss="soft_l1", f_scale=_SCALE, x_scale=0.3, max_nfev=40, ftol=1e-3 if start else 1e-4)  # fmt: skip
         return np.asarray(solved.x, dtype=np.float64)
 
     def named(self, values: Floats) -> dict[tuple[str, str], float]:
@@ -159,19 +162,19 @@ class Fit:
         return {(number.section, number.name): float(f"{value:.3g}") for number, value in pairs}
 
 
-def overridden(fitted: dict[tuple[str, str], float], job: Job) -> Coefficients:
+def overridden(fitted: Mapping[tuple[str, str], float], job: Job) -> Coefficients:
     """The shipped coefficients of a job's card with the fitted numbers in place."""
     own = {name: value for section in sections(job) for (where, name), value in fitted.items() if where == section}
     return default_coefficients(job.device).model_copy(update=own)
 
 
-def left_out(jobs: Sequence[Job], label: Callable[[Job], str]) -> dict[str, Errors]:
-    """Errors on each label's rows by a fit that never saw them."""
+def left_out(jobs: Sequence[Job], label: Callable[[Job], str], start: Mapping[tuple[str, str], float]) -> dict[str, Errors]:
+    """Errors on each label's rows by a fit that never saw them; ``start`` only saves time."""
     out = {}
     for name in sorted({label(job) for job in jobs}):
         fit = Fit([job for job in jobs if label(job) != name and is_resident(job)])
-        fitted = fit.named(fit.solve())
-        out[name] = errors_of([job for job in jobs if label(job) == name], lambda job, fitted=fitted: overridden(fitted, job))
+        fitted = fit.named(fit.solve(start))
+        out[name] = errors_of([job for job in jobs if label(job) == name], partial(overridden, fitted))
     return out
 
 
@@ -209,16 +212,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     fitted = fit.named(fit.solve())
     for (section, name), value in fitted.items():
         print(f"{section}.{name} = {value:g}")
-    print(f"rows of the fit: {errors_of(fit.jobs, lambda job: overridden(fitted, job)).text()}")
-    print(f"all rows:        {errors_of(jobs, lambda job: overridden(fitted, job)).text()}")
+    print(f"rows of the fit: {errors_of(fit.jobs, partial(overridden, fitted)).text()}")
+    print(f"all rows:        {errors_of(jobs, partial(overridden, fitted)).text()}")
     if given.write:
         DEFAULTS.write_text(written(DEFAULTS.read_text(encoding="utf-8"), fitted), encoding="utf-8")
     if given.leave_out:
         labels: dict[str, Callable[[Job], str]] = {"source": lambda job: job.case.series, "card": lambda job: job.device.name}
         for kind, label in labels.items():
             print(f"\neach {kind} left out")
-            for name, errors in left_out(jobs, label).items():
-                print(f"  {name:28} {errors.text()}")
+            found = left_out(jobs, label, fitted)
+            for name, errors in found.items():
+                print(f"  {name:28} {errors.text()}", flush=True)
+            print(f"  {'all':28} {Errors([value for errors in found.values() for value in errors.values]).text()}")
     return 0
 
 

@@ -21,7 +21,7 @@ _KIND = {"mm": Kind.MATMUL, "addmm": Kind.MATMUL, "bmm": Kind.MATMUL, "convoluti
          "add": Kind.POINTWISE, "copy_": Kind.COPY}  # fmt: skip
 _SHARE_OF = {Kind.MATMUL: "matmul_share", Kind.CONVOLUTION: "convolution_share", Kind.ATTENTION: "attention_share"}
 _SHARE_RANGE, _KERNEL_RANGE = (0.005, 1.5), (1e-8, 1e-2)
-_ASSUMED_RATES = tuple(name for name in ("pointwise_bytes_per_flop",) if name in Coefficients.model_fields)
+_ASSUMED_RATES = tuple(name for name in ("pointwise_per_flop",) if name in Coefficients.model_fields)
 _SCALE = 0.1
 """Residuals (of the logarithm) beyond this count linearly, not squared: one in ten wild timings does not move the fit."""
 

@@ -22,6 +22,8 @@ HEAVY = (int(Kind.MATMUL), int(Kind.CONVOLUTION), int(Kind.ATTENTION))
 """Kinds whose kernels compute; the others only move bytes."""
 SCORES = ("vanilla", "sliced", "math")
 """Attention that keeps its score matrix: two batched products and a softmax between them."""
+SCORE_KERNELS = 5
+"""Two products, a softmax, and copies of heads into the batch and back (diffusers ``Attention.get_attention_scores``)."""
 SCORE_PRODUCT_SHARE = 0.6
 """Assumed: rate of those products over that of a large matmul; their inner dimension is one head."""
 _ATTENTION_WIDTHS = (32, 64, 96, 128, 160, 192, 224, 256)
@@ -47,7 +49,8 @@ def call_time(call: CallTrace, device: Device, coefficients: Coefficients, recip
     memory, serial = moving_seconds(call, device, coefficients, recipe, scheme, fused)
     heads = call.fused_head if fused else np.ones(len(call), dtype=np.int64)
     counts = repeats(call)
-    kernels = int((heads * counts).sum())
+    parts = np.where(score_attention(call, device, recipe), SCORE_KERNELS, heads)
+    kernels = int((parts * counts).sum())
     times = np.where(heads > 0, np.maximum(compute, memory) + serial + coefficients.kernel_seconds, compute)
     measured = 0.0
     if probes and not fused:
@@ -197,10 +200,14 @@ def layout_bytes(call: CallTrace, device: Device, recipe: Recipe) -> Floats:
     return np.asarray(2.0 * (convolution_bytes(call, device, recipe) + normalization_bytes(call, device, recipe)))
 
 
+def score_attention(call: CallTrace, device: Device, recipe: Recipe) -> Floats:
+    """1 where an attention is two products and a softmax with a kernel each."""
+    return np.asarray(np.isin(np.array(attention_kernel(call, device, recipe)), SCORES) & (call.kind == Kind.ATTENTION))
+
+
 def score_bytes(call: CallTrace, device: Device, recipe: Recipe) -> Floats:
     """Kernels that keep the score matrix write it, read it for softmax, write and read the probabilities."""
     if recipe.attention not in SCORES and device.kind == "cuda":
         return np.zeros(len(call))
-    held = np.isin(np.array(attention_kernel(call, device, recipe)), SCORES) & (call.kind == Kind.ATTENTION)
-    return np.where(held, 2.0 * attention_bytes(call, device, recipe.but(attention="vanilla")), 0.0)
+    return np.where(score_attention(call, device, recipe), 2.0 * attention_bytes(call, device, recipe.but(attention="vanilla")), 0.0)
 

@@ -160,12 +160,14 @@ class Errors:
         self.values.append(predicted / measured - 1.0)
 
     def text(self) -> str:
-        """Number, median and mean of the absolute errors, their ninth decile, and the median error with its sign."""
+        """Number, median and mean of the absolute errors, their ninth decile, the median error with its sign, and the half
+        width of an interval (``/ (1 + w)`` to ``* (1 + w)``) that nine in ten rows would have been in."""
         if not self.values:
             return "no rows"
         size = np.abs(self.values)
+        width = math.expm1(float(np.quantile(np.abs(np.log1p(self.values)), 0.9)))
         return (f"n {len(size):3d}  median {np.median(size):6.1%}  mean {size.mean():6.1%}  p90 {np.quantile(size, 0.9):6.1%}"
-                f"  bias {np.median(self.values):+6.1%}")  # fmt: skip
+                f"  bias {np.median(self.values):+6.1%}  width {width:.2f}")  # fmt: skip
 
 
 __all__ = ["Errors", "Job", "Prediction", "calibrated_predictor", "fit_rows", "is_anchor", "jobs_of", "predicted_seconds", "scaled"]
