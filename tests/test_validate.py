@@ -221,7 +221,10 @@ def test_onnxruntime_and_onediff_and_fal(answers: dict[str, Case | Unexpressed])
     ort = case(answers, "ort15-016")
     assert ort.settings == BASE | {
         "dtype": "fp16", "compile": "default", "text_encoder.compile": "default", "unet.channels_last": True,
+        "cudnn_benchmark": True,
     }  # fmt: skip
+    assert ort.second_run, "the first run's search for algorithms is over"
+    assert case(answers, "onediff-012").without == ("safety_checker",), "its script takes it away"
     assert (ort.counter, ort.gpu, ort.torch_version) == ("device_used_bytes", "A100-SXM4-40GB", "2.0.0+cu117")
     assert case(answers, "onediff-019").model == "stable-diffusion-2-1"
     assert case(answers, "onediff-053").counter == "fits"
