@@ -12,6 +12,7 @@ from planner.cost.model import CostModel
 from planner.decide import decide, settings_estimate
 from planner.errors import NoFeasiblePlan, PlannerError, UsageError, VerificationError
 from planner.force import Evidence, evidence_after, in_force, is_out_of_memory, peak_of, put_in_force, release, take_back
+from planner.knobs.compile import COMPILES
 from planner.progress import Progress, silent
 from planner.types import KnobValue, Measurement
 from planner.units import format_seconds
@@ -27,6 +28,10 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 MAX_ATTEMPTS = 4
 """Plans that are tried on the live pipeline before giving up, the first one included."""
+SUSPECTS = ("compile", "quantization", "cache", "attention", "dtype")
+"""Knobs whose settings make a pipeline raise most easily, in the order in which they are given up."""
+Tried = Check | Evidence | PlannerError | None
+"""How an attempt ended: checked, out of memory, raised, or not asked to be checked."""
 
 
 @dataclass(slots=True)
@@ -92,6 +97,8 @@ class Session:
             tried = self._try(plan, pipe, compared, say, verify)
             if isinstance(tried, Evidence):
                 failures: tuple[str, ...] = (f"out of memory ({tried.text(plan)})",)
+            elif isinstance(tried, PlannerError):
+                failures = (str(tried),)
             elif tried is None or not tried.failures:
                 return _finished(plan, pipe, self, tried.measurement if tried else None, warnings)
             else:
@@ -118,8 +125,8 @@ class Session:
         evidence_after(pipe, plan, None)
         return None
 
-    def _try(self, plan: Plan, pipe: Any, compared: Reference | None, say: Progress, verify: bool) -> Check | Evidence | None:
-        """One attempt: the plan is in force and this is its check (None: not asked for), or memory ran out and it is not."""
+    def _try(self, plan: Plan, pipe: Any, compared: Reference | None, say: Progress, verify: bool) -> Tried:
+        """One attempt: the plan is in force and this is its check (None: not asked for), or it did not get through and is not."""
         changes = ", ".join(f"{name}={value}" for name, value in plan.changes.items()) or "nothing: the pipeline stays as it is"
         say(f"applying {changes} (about {format_seconds(plan.predicted.setup_seconds)})")
         try:
@@ -131,7 +138,7 @@ class Session:
             seen = check(plan, pipe, self.inputs, compared)
         except Exception as error:
             if not is_out_of_memory(error):
-                raise _failed("the plan", error) from error
+                return self._raised(plan, pipe, error)
             release(error)
         else:
             self.observe(plan, seen.measurement)
@@ -141,15 +148,27 @@ class Session:
             take_back(pipe)
         return evidence_after(pipe, plan, peak)
 
+    def _raised(self, plan: Plan, pipe: Any, error: Exception) -> PlannerError:
+        """What the plan made the pipeline raise, the plan taken back; raised where the user's own choices leave no other plan."""
+        if in_force(pipe) is not None:
+            take_back(pipe)
+        failed = _failed("the plan", error)
+        if set(plan.changes) <= set(self.request.fix or {}):
+            raise failed from error
+        return failed
+
     def observe(self, plan: Plan, measured: Measurement) -> None:
         """Teach the store; the corrections that the prediction contains are taken out of what it learns."""
         self.calibration.observe(self.source.digest, plan, measured, applied=(self.model.memory_scale, self.model.time_scale))
 
     # -- planning again ---------------------------------------------------------------------------------------------
 
-    def _next(self, plan: Plan, tried: Check | Evidence | None, warnings: list[str]) -> Plan:
+    def _next(self, plan: Plan, tried: Tried, warnings: list[str]) -> Plan:
         if isinstance(tried, Evidence):
             return self.after_out_of_memory(plan, tried)
+        if isinstance(tried, PlannerError):
+            self._give_up(plan, last=len(warnings) >= MAX_ATTEMPTS - 1)
+            return self._again("; ".join(warnings))
         assert tried is not None
         if tried.slower:
             return self._untouched(plan)
@@ -207,6 +226,13 @@ class Session:
         self.request = replace(self.request, fix=dict(plan.baseline))
         return self._again("slower than the untouched pipeline")
 
+    def _give_up(self, plan: Plan, last: bool) -> None:
+        """Rule out what made the pipeline raise: the first suspect in the plan; all its changes when there is no second guess."""
+        free = [name for name in plan.changes if name not in (self.request.fix or {})]
+        suspects = [name for name in SUSPECTS if name in free]
+        for name in free if last or not suspects else suspects[:1]:
+            self.refused.setdefault(name, set()).update(COMPILES if name == "compile" else {plan.changes[name]})
+
     def _refuse(self, plan: Plan, tried: Check) -> None:
         """Rule out what may have spoiled the output: what narrows numbers when it is black, else all that changes them.
 
@@ -242,4 +268,3 @@ def _finished(plan: Plan, pipe: Any, session: Session, measured: Measurement | N
     assert current is not None
     current.asked = current.plan = done
     return done
-
