@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from planner.cost.coefficients import Coefficients
+from planner.cost.coefficients import Coefficients, default_coefficients
 from planner.cost.estimate import step_seconds
 from planner.cost.model import CallCost, Cost, CostModel, PhaseCost
 from planner.cost.transfer import transfer_seconds
@@ -16,7 +16,7 @@ from planner.dryrun.trace import Floats
 from planner.errors import PlannerError
 from planner.recipe import Recipe
 from planner.types import Device
-from planner.validate.case import Case, Prediction
+from planner.validate.case import Case
 from planner.validate.express import express
 from planner.validate.predict import Predictor
 from planner.validate.report import Predict
@@ -24,6 +24,7 @@ from planner.validate.rows import Row, Torch2Row
 
 TIMED = ("latency_seconds", "step_seconds", "steps_per_second", "call_steps_per_second")
 Anchors = Callable[[Row], bool]
+Base = Callable[["Job"], Coefficients]
 _PRIOR = 0.05
 """Weight of the shipped coefficients in a fit on three rows: one standard deviation of a row counts as 20 of the prior's."""
 
@@ -132,21 +133,30 @@ def fit_rows(jobs: Sequence[Job], base: Coefficients) -> Coefficients:
     return scaled(base, min(solved, key=lambda one: one.cost).x)
 
 
+def shipped(job: Job) -> Coefficients:
+    """The coefficients in the package for a job's card."""
+    return default_coefficients(job.device)
+
+
 def is_anchor(row: Row) -> bool:
     """The three rows per card that calibrate ``torch2_table.csv``: SD 1.5 text to image, torch 2.0, eager, all batches."""
     return (isinstance(row, Torch2Row) and row.pipeline == "SD - txt2img" and row.torch == "2.0" and row.execution == "eager"
             and row.metric == "it_per_s")  # fmt: skip
 
 
+def fit_cards(jobs: Iterable[Job], anchors: Anchors = is_anchor, base: Base = shipped) -> dict[str, Coefficients]:
+    """Card name to coefficients fitted on that card's anchor rows alone, starting from ``base``."""
+    by_card: dict[str, list[Job]] = {}
+    for job in jobs:
+        if anchors(job.row):
+            by_card.setdefault(job.device.name, []).append(job)
+    return {name: fit_rows(own, base(own[0])) for name, own in sorted(by_card.items())}
+
+
 def calibrated_predictor(rows: Iterable[Row], anchors: Anchors = is_anchor) -> Predict:
     """A predictor whose coefficients are fitted, card by card, on the anchor rows alone; other cards keep the shipped ones."""
     predictor = Predictor()
-    chosen = jobs_of([row for row in rows if anchors(row)], predictor)
-    by_card: dict[str, list[Job]] = {}
-    for job in chosen:
-        by_card.setdefault(job.device.name, []).append(job)
-    bases = {name: jobs[0].model.coefficients for name, jobs in by_card.items()}
-    predictor.fitted = {name: fit_rows(jobs, bases[name]) for name, jobs in by_card.items()}
+    predictor.fitted = fit_cards(jobs_of((row for row in rows if anchors(row)), predictor), anchors)
     return predictor.predict
 
 
@@ -159,15 +169,35 @@ class Errors:
     def add(self, predicted: float, measured: float) -> None:
         self.values.append(predicted / measured - 1.0)
 
+    def quantile(self, share: float) -> float:
+        """A quantile of the absolute errors."""
+        return float(np.quantile(np.abs(self.values), share))
+
+    @property
+    def mean(self) -> float:
+        return float(np.abs(self.values).mean())
+
+    @property
+    def median(self) -> float:
+        return self.quantile(0.5)
+
+    @property
+    def decile(self) -> float:
+        return self.quantile(0.9)
+
+    @property
+    def width(self) -> float:
+        """``w`` of the interval from ``/ (1 + w)`` to ``* (1 + w)`` around the prediction that holds nine in ten rows."""
+        return math.expm1(float(np.quantile(np.abs(np.log1p(self.values)), 0.9)))
+
     def text(self) -> str:
-        """Number, median and mean of the absolute errors, their ninth decile, the median error with its sign, and the half
-        width of an interval (``/ (1 + w)`` to ``* (1 + w)``) that nine in ten rows would have been in."""
+        """One line; the bias is the median error with its sign."""
         if not self.values:
             return "no rows"
-        size = np.abs(self.values)
-        width = math.expm1(float(np.quantile(np.abs(np.log1p(self.values)), 0.9)))
-        return (f"n {len(size):3d}  median {np.median(size):6.1%}  mean {size.mean():6.1%}  p90 {np.quantile(size, 0.9):6.1%}"
-                f"  bias {np.median(self.values):+6.1%}  width {width:.2f}")  # fmt: skip
+        return (f"n {len(self.values):3d}  median {self.median:6.1%}  mean {self.mean:6.1%}  p90 {self.decile:6.1%}"
+                f"  bias {np.median(self.values):+6.1%}  width {self.width:.2f}")  # fmt: skip
 
 
-__all__ = ["Errors", "Job", "Prediction", "calibrated_predictor", "fit_rows", "is_anchor", "jobs_of", "predicted_seconds", "scaled"]
+__all__ = [
+    "Errors", "Job", "calibrated_predictor", "fit_cards", "fit_rows", "is_anchor", "jobs_of", "predicted_seconds", "scaled", "shipped",
+]  # fmt: skip
