@@ -107,7 +107,7 @@ def run_under(plan: Plan, pipe: Any, inputs: Mapping[str, Any]) -> Any:
     current = in_force(pipe)
     if current is None:
         _warn(changes_since(plan, pipe, inputs), set())
-        plan.apply(pipe)
+        _apply_or_next(plan, pipe, inputs)
     elif not _same(current.asked, plan) and not _same(current.plan, plan):
         raise ApplyError("another plan is in force on this pipeline; take it back first: plan.undo(pipe).")
     else:
@@ -138,6 +138,20 @@ def _same(one: Plan, other: Plan) -> bool:
     return (one.settings, one.workload, one.digest) == (other.settings, other.workload, other.digest)
 
 
+def _apply_or_next(plan: Plan, pipe: Any, inputs: Mapping[str, Any]) -> None:
+    """Apply the plan, or when that alone takes more memory than there is, one that needs less."""
+    from planner.session import Session
+
+    try:
+        plan.apply(pipe)
+        return
+    except ApplyError as error:
+        if not is_out_of_memory(error):
+            raise
+        release(error)
+    _next_that_applies(plan, Session.for_plan(plan, pipe, inputs), pipe, 0, plan)
+
+
 def _warn(changes: list[str], told: set[str]) -> None:
     for line in changes:
         if line not in told:
@@ -166,8 +180,7 @@ def _replace(pipe: Any, inputs: Mapping[str, Any], tried: int) -> None:
             leanest=min(failed.alternatives, key=lambda item: item.predicted.peak_allocated_bytes, default=None))  # fmt: skip
     session = session or Session.for_plan(failed, pipe, inputs)
     replacement = session.after_out_of_memory(failed, evidence)
-    changed = ", ".join(f"{name}={value}" for name, value in replacement.settings.items() if failed.settings.get(name) != value)
-    logger.warning("out of memory (%s): now %s", evidence.text(failed), changed or "again")
+    _tell(failed, replacement, evidence)
     try:
         put_in_force(replacement, pipe, asked=current.asked, session=session)
     except ApplyError as error:
@@ -177,10 +190,18 @@ def _replace(pipe: Any, inputs: Mapping[str, Any], tried: int) -> None:
         _next_that_applies(replacement, session, pipe, tried, current.asked)
 
 
+def _tell(failed: Plan, replacement: Plan, evidence: Evidence) -> None:
+    changed = ", ".join(f"{name}={value}" for name, value in replacement.settings.items() if failed.settings.get(name) != value)
+    logger.warning("out of memory (%s): now %s", evidence.text(failed), changed or "again")
+
+
 def _next_that_applies(failed: Plan, session: Session, pipe: Any, tried: int, asked: Plan) -> None:
     """The replacement did not even fit while it was applied: the next one, the same number of times."""
     for _ in range(tried, MAX_RECOVERIES):
-        failed = session.after_out_of_memory(failed, evidence_after(pipe, failed, peak_of(failed)))
+        evidence = evidence_after(pipe, failed, peak_of(failed))
+        replacement = session.after_out_of_memory(failed, evidence)
+        _tell(failed, replacement, evidence)
+        failed = replacement
         try:
             return put_in_force(failed, pipe, asked=asked, session=session)
         except ApplyError as error:
