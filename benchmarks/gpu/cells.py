@@ -32,8 +32,8 @@ from planner.units import GIB
 
 logger = logging.getLogger(__name__)
 
-VALUES = {"device-probe": 400.0, "operation-probe": 12.0, "baseline": 10.0, "batch": 5.0, "value": 4.0, "option": 2.0, "choice": 14.0,
-          "practice": 9.0, "rival": 4.0, "nearest-miss": 2.5}  # fmt: skip
+VALUES = {"device-probe": 400.0, "operation-probe": 12.0, "baseline": 15.0, "batch": 5.0, "value": 4.0, "option": 2.0, "choice": 45.0,
+          "practice": 6.0, "rival": 4.0, "nearest-miss": 2.5}  # fmt: skip
 """What knowing a cell is worth: first what calibrates everything, then what the promise is about (the choice on a small
 card, its rivals, today's practices), then every value of every knob once. The scale is a matter of judgement."""
 KNOBS_TO_COVER = ("offload", "offload_stream", "offload_blocks", "compile", "vae_slicing", "vae_tiling", "vae_tile", "attention", "dtype",
