@@ -265,7 +265,8 @@ def test_check_applies_a_plan_to_a_real_pipeline(capsys: pytest.CaptureFixture[s
     pipe = FAMILIES["sd15"].build()
     pipe.save_pretrained(tmp_path / "model")
     inputs, fix = {"height": 32, "width": 32, "num_inference_steps": 2}, {"compile": "none", "attention": "sliced"}
-    plan = planner.autoplan(pipe, batch_size=2, inputs=inputs, apply=False, calibrate="never", device="cpu", fix=fix)
+    plan = planner.autoplan(pipe, batch_size=2, inputs=inputs, apply=False, calibrate="never", device="cpu", fix=fix,
+                            memory_budget="2GiB")  # fmt: skip
     plan.to_json(tmp_path / "plan.json")
     code, out, err = run(capsys, "check", str(tmp_path / "plan.json"), "--model", str(tmp_path / "model"), "--json")
     found = json.loads(out)

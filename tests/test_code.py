@@ -13,8 +13,10 @@ from planner.dryrun.facts import read_facts
 from planner.errors import ApplyError
 from planner.explain.code import render
 from planner.facts import PipelineFacts
+from planner.force import in_force
 from planner.knobs import KNOBS, Context, defaults, normalize, violations
 from planner.plan import Plan
+from planner.snapshot import read_switches, write_switches
 from planner.types import Device, KnobValue, Workload
 from tests.zoo import FAMILIES, PROMPT, as_array, seeded
 
@@ -95,9 +97,13 @@ def assert_same(family: str, facts: PipelineFacts, settings: dict[str, KnobValue
     code = render(plan, facts)
     ours, theirs = FAMILIES[family].build(), FAMILIES[family].build()
     names: dict[str, Any] = {"pipe": theirs}
-    exec(compile(code, "emitted", "exec"), names)
-    plan.apply(ours)
+    switches = read_switches()  # plain code has no way back: tf32 is for the whole process, and so is set_attention_backend's default
     try:
+        exec(compile(code, "emitted", "exec"), names)
+        after_code = read_switches()
+        write_switches(switches)
+        plan.apply(ours)
+        assert read_switches() | {"attention_backend": None} == after_code | {"attention_backend": None}, code
         assert state(theirs) == state(ours), code
         with seeded():
             expected = plan.run(ours, **inputs_of(family, ours, batch), **_steps(plan))
@@ -107,7 +113,9 @@ def assert_same(family: str, facts: PipelineFacts, settings: dict[str, KnobValue
         second = got if isinstance(got, list) else getattr(got, FAMILIES[family].output)
         assert np.array_equal(as_array(first), as_array(second)), code
     finally:
-        plan.undo(ours)
+        if in_force(ours) is not None:
+            plan.undo(ours)
+        write_switches(switches)
 
 
 def _steps(plan: Plan) -> dict[str, Any]:
