@@ -41,13 +41,13 @@ def decide(source: ModelSource, traces: Traces, model: CostModel, request: Reque
     context = context_for(traces, model.device, request.quality)
     host = host_budget(request, model.device)
     split_margin = model.coefficients.latency_error / 2
-    for stage in stages(context, request):
+    for stage, margin in stages(context, request, split_margin):
         barred = {name: dict.fromkeys(values, NOT_NEEDED) for name, values in stage.items()}
         for name, values in (excluded or {}).items():
             barred[name] = barred.get(name, {}) | dict.fromkeys(values, "ruled out after a plan with it did not hold")
         space = build_space(context, model, fix=request.fix, calls=request.calls, host_bytes=host, excluded=barred)
         chosen = choose(space, request.objective, split_margin=split_margin)
-        if chosen is not None and _good_enough(space, chosen):
+        if chosen is not None and _good_enough(space, chosen, margin):
             break
     outcome = explain_choice(space, chosen)
     if chosen is None:
@@ -55,30 +55,37 @@ def decide(source: ModelSource, traces: Traces, model: CostModel, request: Reque
     return _plan(source, traces, model, request, space, chosen, outcome)
 
 
-def stages(context: Context, request: Request) -> list[dict[str, list[KnobValue]]]:
+Stage = tuple[dict[str, list[KnobValue]], float]
+"""Values left out, and by how much a plan may be slower than the best without any memory limit to be taken."""
+
+
+def stages(context: Context, request: Request, split_margin: float) -> list[Stage]:
     """Values left out at first, ever fewer of them. Each needs dry runs of its own, and none of them is ever faster.
 
-    Tiling, smaller tiles and splitting the batch only save memory; fp32 saves nothing that 16 bit does not. So when
-    the best plan without them is as fast as the best without a memory limit, they cannot help and need not be traced.
+    Tiling, smaller tiles and splitting the batch only save memory; fp32 saves nothing that 16 bit does not. So when the best
+    plan without them is nearly as fast as the best without a memory limit, they cannot help and need not be traced; a split
+    must win by ``split_margin`` in any case. The last stage leaves nothing out and is for when nothing else fits.
     """
     if request.objective != "latency":
-        return [{}]
+        return [({}, 0.0)]
     fixed = request.fix or {}
 
     def beyond(name: str, keep: int = 1) -> list[KnobValue]:
         return [] if name in fixed else list(knob(name).values(context)[keep:])
 
-    wide = context.device.kind != "cpu" and context.facts.dtype != "fp32" and "dtype" not in fixed
-    first: dict[str, list[KnobValue]] = {"dtype": ["fp32"] if wide else [], "batch_split": beyond("batch_split")}
-    small = first | {"vae_tile": beyond("vae_tile", 2)}
-    whole = first | {"vae_tiling": beyond("vae_tiling"), "vae_tile": beyond("vae_tile")}
-    return [whole, small, {}]
+    half = context.device.kind != "cpu" and context.facts.dtype != "fp32" and "dtype" not in fixed
+    split: dict[str, list[KnobValue]] = {"dtype": ["fp32"] if half else []}
+    tiles = split | {"batch_split": beyond("batch_split")}
+    small = tiles | {"vae_tile": beyond("vae_tile", 2)}
+    whole = tiles | {"vae_tiling": beyond("vae_tiling"), "vae_tile": beyond("vae_tile")}
+    usual = split | {"vae_tile": beyond("vae_tile", 2)}
+    return [(whole, STAGE_MARGIN), (small, STAGE_MARGIN), (tiles, split_margin), (usual, float("inf")), ({}, float("inf"))]
 
 
-def _good_enough(space: Space, chosen: Candidate) -> bool:
-    """As fast as the best plan without any limit, but for a margin that is far below the model's error."""
+def _good_enough(space: Space, chosen: Candidate, margin: float) -> bool:
+    """Nearly as fast as the best plan without any memory limit, so that what the stage leaves out cannot help."""
     unlimited = space.solver.best(Limits())
-    return unlimited is not None and chosen.cost <= unlimited.cost * (1 + STAGE_MARGIN)
+    return unlimited is not None and chosen.cost <= unlimited.cost * (1 + margin)
 
 
 def settings_estimate(traces: Traces, model: CostModel, settings: Settings, quality: Quality = "lossy") -> Estimate:
