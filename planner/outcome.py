@@ -196,8 +196,17 @@ def _refused(space: Space, name: str, value: KnobValue, count: int) -> Rejection
     reason = reason or knob(name).refuse(value, space.context)
     if reason is None:
         found = violations({**defaults(space.context), name: value}, space.context)
-        reason = found[0][2] if found else "it makes no difference here"
+        reason = found[0][2] if found else _ruled_out(space, name, value) or "it makes no difference here"
     return Rejection(settings={name: value}, kind="rule", reason=reason, count=count)
+
+
+def _ruled_out(space: Space, name: str, value: KnobValue) -> str | None:
+    """What a rule of this pipeline says against one value, the rest as it is."""
+    chosen = {axis.name: axis.values[0] for axis in space.problem.axes}
+    if value not in space.problem.values(name):
+        return None
+    told = (rule.refuse({**chosen, name: value}) for rule in space.problem.rules if not rule.silent)
+    return next((reason for reason in told if reason is not None), None)
 
 
 def _lost(space: Space, name: str, value: Value, count: int, best: Candidate | None, chosen: Candidate | None) -> Rejection:

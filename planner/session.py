@@ -85,8 +85,9 @@ class Session:
         """
         try:
             return self._settle(plan, pipe, say, verify)
-        except BaseException:
+        except BaseException as error:
             if in_force(pipe) is not None:
+                release(error)
                 take_back(pipe)
             raise
 
@@ -99,7 +100,7 @@ class Session:
                 failures: tuple[str, ...] = (f"out of memory ({tried.text(plan)})",)
             elif isinstance(tried, PlannerError):
                 failures = (str(tried),)
-            elif tried is None or not tried.failures:
+            elif tried is None or not tried.failures or (tried.slower and self._all_fixed(plan)):
                 return _finished(plan, pipe, self, tried.measurement if tried else None, warnings)
             else:
                 take_back(pipe)
@@ -117,7 +118,9 @@ class Session:
         about = f" (a call takes about {format_seconds(before.latency_seconds)})" if before else ""
         say("running the pipeline as it is, for comparison, where it fits" + about)
         try:
-            return reference(plan, pipe, self.inputs)
+            found = reference(plan, pipe, self.inputs)
+            # What the user fixed cannot be rolled back, so its time is nobody's business here.
+            return found if found is None or self._may_be_untouched(plan) else replace(found, seconds=None)
         except Exception as error:
             if not is_out_of_memory(error):
                 raise _failed("the pipeline as it is", error) from error
@@ -150,12 +153,17 @@ class Session:
 
     def _raised(self, plan: Plan, pipe: Any, error: Exception) -> PlannerError:
         """What the plan made the pipeline raise, the plan taken back; raised where the user's own choices leave no other plan."""
+        release(error)
         if in_force(pipe) is not None:
             take_back(pipe)
         failed = _failed("the plan", error)
-        if set(plan.changes) <= set(self.request.fix or {}):
+        if self._all_fixed(plan):
             raise failed from error
         return failed
+
+    def _all_fixed(self, plan: Plan) -> bool:
+        """Everything that the plan changes is the user's own decision."""
+        return set(plan.changes) <= set(self.request.fix or {})
 
     def observe(self, plan: Plan, measured: Measurement) -> None:
         """Teach the store; the corrections that the prediction contains are taken out of what it learns."""
@@ -221,9 +229,12 @@ class Session:
         except UsageError as error:
             raise VerificationError(f"{reason}, and no other plan is allowed ({error}); the pipeline is as it was.") from error
 
+    def _may_be_untouched(self, plan: Plan) -> bool:
+        return all(plan.baseline.get(name) == value for name, value in (self.request.fix or {}).items())
+
     def _untouched(self, plan: Plan) -> Plan:
-        """The pipeline as it is, on the plan's device: it was measured to be faster."""
-        self.request = replace(self.request, fix=dict(plan.baseline))
+        """The pipeline as it is but for what the user fixed, on the plan's device: it was measured to be faster."""
+        self.request = replace(self.request, fix={**plan.baseline, **(self.request.fix or {})})
         return self._again("slower than the untouched pipeline")
 
     def _give_up(self, plan: Plan, last: bool) -> None:

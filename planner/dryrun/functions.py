@@ -8,8 +8,9 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from planner.dryrun.recorder import Recorder
+from planner.dryrun.recorder import ZERO_FALLBACK_LIMIT_BYTES, Recorder
 from planner.dryrun.tensors import FLOATING
+from planner.dryrun.values import convert, leaves, to_meta, to_zeros
 
 _ATTENTION = torch.nn.functional.scaled_dot_product_attention
 _FROM_DATA = {torch.tensor, torch.as_tensor, torch.asarray}
@@ -34,7 +35,22 @@ class Functions(TorchFunctionMode):  # type: ignore[misc]
             return func(*args, **{**kwargs, "device": "cpu"})
         if func in _READS and args[0].device.type == "meta":
             return self._read(func, args, kwargs)
-        return func(*args, **kwargs)
+        try:
+            return func(*args, **kwargs)
+        except RuntimeError as error:
+            if "same device" not in str(error):
+                raise
+            return self._on_zeros(func, args, kwargs)
+
+    def _on_zeros(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        """A function that makes a CPU tensor of its own and then misses its argument on ``meta`` there (``torch.quantile``)."""
+        given = [tensor for tensor in leaves((args, kwargs)) if tensor.device.type == "meta"]
+        if sum(tensor.numel() * tensor.element_size() for tensor in given) > ZERO_FALLBACK_LIMIT_BYTES:
+            raise RuntimeError(f"{func.__name__} does not take tensors on meta, and its arguments are too large to try on zeros")
+        self.recorder.frame.fallbacks.add(f"{func.__name__}: mixes devices, run on zeros")
+        with torch.utils._python_dispatch._disable_current_modes(), torch._C.DisableTorchFunction():
+            out = func(*convert(args, to_zeros, {}), **convert(kwargs, to_zeros, {}))
+            return convert(out, to_meta, {})
 
     def attention(self, func: Callable[..., Any], args: Any, kwargs: Any) -> Any:
         """``scaled_dot_product_attention`` as one operation."""

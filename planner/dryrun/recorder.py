@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -43,7 +43,7 @@ GLUE_META_BYTES = 256 << 10
 TABLE_ELEMENTS = 1 << 14
 VALUE_ELEMENTS = 1 << 22
 """Within a component, larger tensors of whatever dtype lose their values: a mask of all pairs of a video's pixels."""
-_ZERO_FALLBACK_LIMIT_BYTES = 1 << 30
+ZERO_FALLBACK_LIMIT_BYTES = 1 << 30
 _OVERWRITING = {"copy_", "fill_", "zero_", "normal_", "uniform_"}
 _INDEXING = {"index", "index_put_", "index_put", "_index_put_impl_"}
 _NO_META_WORDS = ("meta", "nonzero", "scalar")
@@ -94,7 +94,7 @@ class Frame:
 class Fold:
     """Work that a call repeats on equal shapes, such as one tile of many: rows written once, counted ``times``."""
 
-    __slots__ = ("argument", "end", "extra_bytes", "live_bytes", "result", "start", "times")
+    __slots__ = ("argument", "end", "extra_bytes", "live_bytes", "lists", "result", "start", "times")
     result: Any
     """What it returned, for its shapes: on ``meta``, counted nowhere."""
 
@@ -102,11 +102,13 @@ class Fold:
         self.start, self.live_bytes = start, live_bytes
         self.end, self.times, self.extra_bytes = start, 1, 0
         self.result = None
+        self.lists: list[Any] = []
+        """What it left in the lists it was given, such as a video decoder's cache of frames."""
         self.argument: int | None = None
         """Place of the argument that it returns, changed in place."""
 
-    def answer(self, own: Callable[[torch.Tensor], Any]) -> Any:
-        """A result like the first one, its tensors fresh and counted."""
+    def answer(self, own: Callable[[torch.Tensor], Any], lists: list[list[Any]]) -> Any:
+        """A result like the first one, its tensors fresh and counted; the lists are left as the first call left its own."""
 
         def fresh(tensor: torch.Tensor) -> torch.Tensor:
             made = _shape_only(tensor)
@@ -114,6 +116,8 @@ class Fold:
             return made
 
         with no_modes():
+            for given, left in zip(lists, self.lists, strict=True):
+                given[:] = convert(left, fresh, {})
             return convert(self.result, fresh, {})
 
 
@@ -287,7 +291,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[misc]
     def _on_zeros(self, func: Any, args: Any, kwargs: Any, tensors: list[torch.Tensor], why: str) -> Any:
         """Answer an operation that ``meta`` cannot: run it on zeros. Only its result's shape matters."""
         size = sum(t.numel() * t.element_size() for t in tensors if t.device.type == "meta")
-        if size > _ZERO_FALLBACK_LIMIT_BYTES:
+        if size > ZERO_FALLBACK_LIMIT_BYTES:
             raise RuntimeError(f"{func} has no meta kernel and its arguments ({size} bytes) are too large to try on zeros")
         if self.truth and func._schema.name == "aten::_local_scalar_dense" and tensors[0].dtype is torch.bool:
             self.frame.fallbacks.add("condition on computed values: taken as true")
@@ -303,8 +307,10 @@ class Recorder(TorchDispatchMode):  # type: ignore[misc]
 
     # -- repeated work --------------------------------------------------------------------------------------------------
 
-    def fold(self, key: Any, call: Callable[[], Any], args: tuple[Any, ...] = ()) -> Any:
+    def fold(self, key: Any, call: Callable[[], Any], args: tuple[Any, ...] = (), lists: Sequence[list[Any]] = ()) -> Any:
         """Run ``call`` the first time a key is seen; after that only count it, and answer with a result of the same shape.
+
+        ``args``: it may return one of them, changed in place. ``lists``: it may put other things into them.
 
         What has piled up in the meantime (earlier tiles' results) is added to the live bytes of the rows at the end.
         """
@@ -313,7 +319,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[misc]
         if known is not None:
             known.times += 1
             known.extra_bytes = max(known.extra_bytes, frame.live_bytes - known.live_bytes)
-            return args[known.argument] if known.argument is not None else known.answer(self.own)
+            return args[known.argument] if known.argument is not None else known.answer(self.own, list(lists))
         fold = Fold(len(frame.rows), frame.live_bytes)
         result = call()
         if len(frame.rows) > fold.start:
@@ -321,6 +327,7 @@ class Recorder(TorchDispatchMode):  # type: ignore[misc]
             fold.argument = next((place for place, item in enumerate(args) if item is result), None)
             with no_modes():
                 fold.result = convert(result, _shape_only, {}) if fold.argument is None else None
+                fold.lists = [convert(each, _shape_only, {}) for each in lists]
             frame.folds[key] = fold
         return result
 

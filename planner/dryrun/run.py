@@ -64,7 +64,7 @@ class DryRun:
         workload = self.workload.model_copy(update={"batch_size": batch})
         inputs = _split_inputs(self.inputs, self.workload.batch_size // batch if batch else 1)
         attempts = [self._how] if self._how else _ATTEMPTS
-        failure: Exception | None = None
+        failures: list[Exception] = []
         for with_images, again in attempts:
             session = Session.of(self.pipe, again)
             if dtype is not None:
@@ -75,17 +75,16 @@ class DryRun:
             except PlannerError:
                 raise
             except Exception as error:
-                failure = failure or error
+                failures.append(error)
                 logger.debug("dry run failed", exc_info=True)
                 continue
             self._how = with_images, again
             return session, replace(trace, batch_size=batch, dtype=dtype or _dtype_of(session.pipe), notes=_notes(with_images, again))
-        assert failure is not None
-        name = type(self.pipe).__name__
+        reasons = list(dict.fromkeys(f"{type(error).__name__}: {_first_line(error)}" for error in failures))
         raise UnsupportedPipeline(
-            f"{name}: its call did not get through the dry run: {type(failure).__name__}: {_first_line(failure)}. "
+            f"{type(self.pipe).__name__}: its call did not get through the dry run: {'; and tried otherwise, '.join(reasons[:2])}. "
             "Pass the arguments of your own call as inputs={…}; if it still stops, please report it with that message."
-        ) from failure
+        ) from failures[0]
 
 
 def _add_variant(session: Session, trace: PipelineTrace, call: int, module: Any, mode: VaeMode) -> None:

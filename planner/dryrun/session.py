@@ -159,8 +159,9 @@ class Session:
             return self.boundary(owner[0], owner[1], "forward", lambda *a, **k: call(module, *a, **k), args, kwargs)
         paths.append(owner[1] if owner else (paths[-1] if paths else ""))
         try:
-            if self._folding and owner is not None and "." not in owner[1] and not kwargs and _all_meta(args):
-                return self.recorder.fold((id(module), signature(args)), lambda: call(module, *args))
+            if self._folding and owner is not None and "." not in owner[1] and _all_meta(args) and (lists := _lists(kwargs)) is not None:
+                key = (id(module), signature((args, kwargs)))
+                return self.recorder.fold(key, lambda: call(module, *args, **kwargs), lists=lists)
             return call(module, *args, **kwargs)
         finally:
             paths.pop()
@@ -368,3 +369,12 @@ def _all_meta(args: Any) -> bool:
     """Plain tensors on ``meta``: nothing that a call could change or remember."""
     tensors = [item for item in args if isinstance(item, torch.Tensor)]
     return bool(tensors) and all(t.device.type == "meta" for t in tensors) and all(isinstance(item, torch.Tensor | int) for item in args)
+
+
+def _lists(kwargs: Mapping[str, Any]) -> list[list[Any]] | None:
+    """Lists among keyword arguments that a call may change; None where some argument holds more than shapes and plain values."""
+    found = [value for value in kwargs.values() if isinstance(value, list)]
+    items = [item for value in kwargs.values() for item in (value if isinstance(value, list) else [value])]
+    tensors = [item for item in items if isinstance(item, torch.Tensor)]
+    plain = sum(isinstance(item, bool | int | str | None) for item in items)
+    return found if len(tensors) + plain == len(items) and all(t.device.type == "meta" for t in tensors) else None

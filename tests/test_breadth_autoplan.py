@@ -1,0 +1,159 @@
+"""Every family of the zoo is planned, applied, run and undone: the right output under the plan, the very same bits after it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from planner import autoplan, explain
+from planner.dryrun.run import DryRun
+from planner.dryrun.trace import VaeMode
+from planner.knobs import knob
+from planner.types import Workload
+from tests.zoo import FAMILIES, Case, as_array, seeded
+
+QUICK = ("sd15", "flux", "wan21_t2v", "kandinsky22", "audioldm2", "ddpm", "unclip", "cascade_decoder")
+NAMES = [pytest.param(name, marks=[] if name in QUICK else [pytest.mark.slow]) for name in FAMILIES]
+UNCOMPILED = {"compile": "none"}
+"""The compiler takes a minute per family and has tests of its own."""
+TOLERANCE = 0.12
+"""Mean difference from the untouched output relative to its range: 16 bits through a few layers of random weights."""
+
+
+def bits(pipe: Any) -> dict[str, torch.Tensor]:
+    parts = {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
+    return {f"{name}.{key}": value.clone() for name, part in parts.items() for key, value in part.state_dict().items()}
+
+
+def output(case: Case, pipe: Any, call: Callable[..., Any], **changes: Any) -> np.ndarray:
+    with seeded():
+        result = call(**{**case.inputs(pipe), **changes})
+    return as_array(getattr(result, case.output) if hasattr(result, case.output) else result[0])
+
+
+def difference(seen: np.ndarray, wanted: np.ndarray) -> float:
+    assert seen.shape == wanted.shape
+    return float(np.abs(seen - wanted).mean()) / (float(np.ptp(wanted)) or 1.0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_family_is_planned_run_and_undone(name: str) -> None:
+    case = FAMILIES[name]
+    pipe = case.build()
+    wanted, before = case.run(pipe), bits(pipe)
+    verify = sorted(FAMILIES).index(name) % 2 == 0
+    plan = autoplan(pipe, inputs=case.inputs(pipe), device="cpu", calibrate="never", verify=verify, fix=UNCOMPILED)
+    assert plan.predicted.fits
+    assert (plan.measured is not None) == verify
+    under = output(case, pipe, lambda **inputs: plan.run(pipe, **inputs))
+    plain = output(case, pipe, pipe)
+    plan.undo(pipe)
+    assert difference(under, wanted) <= TOLERANCE
+    assert np.array_equal(under, plain)
+    after = bits(pipe)
+    assert after.keys() == before.keys()
+    assert all(after[key].dtype == before[key].dtype and torch.equal(after[key], before[key]) for key in before)
+    assert np.array_equal(case.run(pipe), wanted)
+
+
+@pytest.mark.parametrize("name", ["sd15", "flux"])
+def test_a_split_batch_gives_what_separate_calls_give_whatever_the_output(name: str) -> None:
+    case = FAMILIES[name]
+    pipe = case.build()
+    prompts = ["a cat", "a dog", "a hat", "a mat"]
+
+    def call(run: Callable[..., Any], **changes: Any) -> Any:
+        generators = [torch.Generator().manual_seed(seed) for seed in range(4)]
+        return run(**{**case.inputs(pipe), "prompt": prompts, "generator": generators, **changes})
+
+    wanted = {kind: call(pipe, output_type=kind).images for kind in ("np", "pt", "pil", "latent")}
+    fixed = {**UNCOMPILED, "batch_split": 2, "dtype": "fp32", "channels_last": False}
+    plan = autoplan(pipe, batch_size=4, inputs={**case.inputs(pipe), "prompt": prompts}, device="cpu", calibrate="never", fix=fixed)
+    calls: list[int] = []
+
+    def run(**inputs: Any) -> Any:
+        return plan.run(pipe, **inputs)
+
+    for kind, images in wanted.items():
+        seen = call(run, output_type=kind).images
+        assert type(seen) is type(images)
+        assert difference(as_array(seen), as_array(images)) < 1e-3
+    assert difference(as_array(call(run, return_dict=False)[0]), as_array(wanted["np"])) < 1e-3
+    call(run, callback_on_step_end=lambda pipe, step, time, tensors: calls.append(step) or {})
+    assert calls == [0, 1] * 2
+    plan.undo(pipe)
+
+
+def test_a_count_of_images_is_divided_and_lists_of_generators_with_it() -> None:
+    case = FAMILIES["sd15"]
+    pipe = case.build()
+    inputs = {**case.inputs(pipe), "num_images_per_prompt": 4}
+
+    def generators() -> list[torch.Generator]:
+        return [torch.Generator().manual_seed(seed) for seed in range(4)]
+
+    wanted = pipe(**inputs | {"generator": generators()}).images
+    plan = autoplan(pipe, batch_size=4, inputs=inputs, device="cpu", calibrate="never", verify=False,
+                    fix={**UNCOMPILED, "batch_split": 4, "dtype": "fp32", "channels_last": False})  # fmt: skip
+    seen = plan.run(pipe, **inputs | {"generator": generators()}).images
+    plan.undo(pipe)
+    assert difference(seen, wanted) < 1e-3
+
+
+def test_explain_of_a_live_pipeline_without_any_inputs() -> None:
+    plan = explain(FAMILIES["sd15"].build(), batch_size=2, height=32, width=32, num_inference_steps=3, calibrate="never")
+    assert plan.workload.batch_size == 2
+    assert plan.predicted.fits
+    assert "sd" in plan.explain().lower() or plan.pipeline_class in plan.explain()
+
+
+def test_a_dtype_that_the_pipelines_code_refuses_is_ruled_out_with_its_words() -> None:
+    """Interpolating in bfloat16 has no CPU kernel that unCLIP's padding needs; numpy has no bfloat16 for DDPM's pictures."""
+    for name in ("ddpm", "unclip"):
+        case = FAMILIES[name]
+        pipe = case.build()
+        plan = autoplan(pipe, inputs=case.inputs(pipe), device="cpu", calibrate="never", apply=False, fix=UNCOMPILED)
+        assert plan.settings["dtype"] == "fp32"
+        assert any("bfloat16" in item.reason.lower() and item.settings.get("dtype") == "bf16" for item in plan.rejected)
+
+
+@pytest.mark.parametrize("verify", [True, False])
+def test_a_plan_that_does_not_take_is_replaced_by_one_that_does(monkeypatch: pytest.MonkeyPatch, verify: bool) -> None:
+    kind = type(knob("channels_last"))
+    really = kind.apply
+
+    def fail(self: Any, site: Any, value: Any) -> Any:
+        if value:
+            raise RuntimeError("no such layout")
+        return really(self, site, value)
+
+    monkeypatch.setattr(kind, "apply", fail)
+    case = FAMILIES["sd15"]
+    pipe = case.build()
+    wanted = case.run(pipe)
+    plan = autoplan(pipe, inputs=case.inputs(pipe), device="cpu", calibrate="never", verify=verify, fix={**UNCOMPILED, "dtype": "fp32"})
+    assert plan.settings["channels_last"] is False
+    assert verify is False or plan.measured is not None
+    assert np.array_equal(case.run(pipe), wanted)
+    plan.undo(pipe)
+
+
+def test_equal_frames_of_a_tiled_video_are_traced_once_with_all_their_work() -> None:
+    """A video decoder keeps a cache of frames in a list that it is given; 4 times as many frames are no more rows."""
+    case = FAMILIES["wan21_t2v"]
+    pipe = case.build()
+    found = []
+    for frames in (13, 37):
+        run = DryRun(pipe, Workload(num_frames=frames), {**case.inputs(pipe), "num_frames": frames})
+        trace = run.trace(None, None, (VaeMode(False, 0),))
+        index = next(index for index, call in enumerate(trace.calls) if call.name == "vae.decode")
+        found.append((trace.calls[index], trace.variants[index, "tile"]))
+    (short, short_tiled), (long, long_tiled) = found
+    assert len(long_tiled) < 1.1 * len(short_tiled)
+    assert len(long) > 2 * len(short)
+    assert long_tiled.total_flops == pytest.approx(long.total_flops, rel=0.02)
+    assert short_tiled.total_flops == pytest.approx(short.total_flops, rel=0.02)
