@@ -284,7 +284,8 @@ def is_out_of_memory(error: BaseException | None) -> bool:
 
 
 def release(error: BaseException) -> None:
-    """Drop the tensors that the frames of a failed call still hold; nothing can be given back before."""
+    """Drop the tensors that the frames of a failed call still hold: neither can their memory be given back before, nor can
+    weights be swapped that something else refers to."""
     seen: set[int] = set()
     waiting: list[BaseException | None] = [error]
     while waiting:

@@ -78,7 +78,7 @@ def reference(plan: Plan, pipe: Any, inputs: Mapping[str, Any]) -> Reference | N
     """
     from planner.apply import apply_settings
     from planner.dryrun.facts import read_facts
-    from planner.force import torch_device
+    from planner.force import release, torch_device
     from planner.measure import measure_call
 
     if not plan.changes or not _worth_it(plan, pipe, inputs):
@@ -87,8 +87,11 @@ def reference(plan: Plan, pipe: Any, inputs: Mapping[str, Any]) -> Reference | N
     applied = apply_settings(pipe, dict(plan.baseline), device, read_facts(pipe))
     try:
         output, seen = measure_call(pipe, lambda: run_seeded(plan, pipe, short.inputs, parts=1), device, counters=False)
-    finally:
+    except BaseException as error:
+        release(error)
         applied.undo()
+        raise
+    applied.undo()
     return Reference(samples(output), seen.latency_seconds)
 
 

@@ -52,7 +52,8 @@ def device(budget_bytes: int | None, **changes: Any) -> Device:
     described: dict[str, Any] = {
         "name": "simulated", "kind": "sim", "architecture": "sim", "total_bytes": 1 << 30, "free_bytes": 1 << 30,
         "budget_bytes": budget_bytes, "host_free_bytes": 1 << 33,
-        "flops_per_second": {"fp32": 1e12, "fp16": 4e12, "bf16": 4e12}, "bandwidth_bytes_per_second": 1e11, "link_bytes_per_second": 1e10, "basis": "assumed",
+        "flops_per_second": {"fp32": 1e12, "fp16": 4e12, "bf16": 4e12}, "bandwidth_bytes_per_second": 1e11,
+        "link_bytes_per_second": 1e10, "basis": "assumed",
     }  # fmt: skip
     return Device.model_validate(described | changes)
 
@@ -403,7 +404,7 @@ def random_fault(chance: random.Random) -> simulator.Fault:
 
 def random_session(chance: random.Random, family: str) -> Session:
     """Random knobs fixed, a budget between too little and plenty, so that plans of all kinds come up."""
-    fix: dict[str, KnobValue] = {"compile": "none", "attention": "sdpa", "vae_tiling": False}
+    fix: dict[str, KnobValue] = {"compile": "none", "attention": "sdpa", "vae_tiling": False, "batch_split": 1, "chunked_forward": False}
     for name, values in FIXABLE.items():
         if chance.random() < 0.5:
             fix[name] = chance.choice(values)
