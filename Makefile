@@ -1,7 +1,9 @@
 # Two commands for a fresh clone, each doing its own set-up: `make demo` and `make test`.
-# Needed beforehand: make, and Python 3.11 to 3.13 as `python3` (or PYTHON=/path/to/it).
+# Needed beforehand: make, and Python 3.11 to 3.13 as `python3` or under its version (or PYTHON=/path/to/it).
 
-PYTHON ?= python3
+FITS := import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 14))
+PYTHON ?= $(shell for each in python3 python3.13 python3.12 python3.11; do \
+	$$each -c '$(FITS)' 2>/dev/null && echo $$each && break; done)
 VENV := .venv
 BIN := $(VENV)/bin
 SOURCES := pyproject.toml constraints.txt setup.py
@@ -18,17 +20,19 @@ help:
 	@echo "make docs   write the generated parts of README.md and docs/ anew"
 	@echo "make clean  remove the virtual environment and caches"
 
-$(BIN)/python:
-	@$(PYTHON) -c 'import sys; ok = (3, 11) <= sys.version_info[:2] < (3, 14); sys.exit(None if ok else \
-	"planner needs Python 3.11 to 3.13, $(PYTHON) is %d.%d; give another: make PYTHON=python3.12 ..." % sys.version_info[:2])'
+# A stamp rather than the interpreter: an environment whose making was interrupted is completed.
+$(VENV)/.created:
+	@$(or $(PYTHON),false) -c '$(FITS)' || { echo "planner needs Python 3.11 to 3.13; $(or $(PYTHON),none) was found;" \
+	"name one: make PYTHON=/path/to/python3.12 ..." >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
+	@touch $@
 
 # The stamps are newer than what they were made from, so a second run installs nothing.
-$(VENV)/.installed: $(SOURCES) | $(BIN)/python
+$(VENV)/.installed: $(SOURCES) | $(VENV)/.created
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
 	@touch $@
 
-$(VENV)/.installed-test: $(SOURCES) | $(BIN)/python
+$(VENV)/.installed-test: $(SOURCES) | $(VENV)/.created
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
 	@touch $@ $(VENV)/.installed
 
