@@ -5,6 +5,8 @@ Each function gives one value per operation of a call: what lives only while tha
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import numpy as np
 
 from planner.dryrun.trace import DTYPE_CODES, CallTrace, Floats, Ints, Kind
@@ -148,8 +150,13 @@ def normalization_bytes(call: CallTrace, device: Device, recipe: Recipe) -> Ints
 
 def group_norms(call: CallTrace) -> Ints:
     """1 where an operation is a group norm; layer norms keep whatever layout they are given."""
-    named = np.array([not text or "group_norm" in text[:40] for text in call.shapes] or [False], dtype=np.int64)
+    named = _named_group_norm(call.shapes)
     return np.asarray((call.kind == Kind.NORMALIZATION) * named[np.minimum(call.shape, len(named) - 1)])
+
+
+@lru_cache(maxsize=512)
+def _named_group_norm(shapes: tuple[str, ...]) -> Ints:
+    return np.array([not text or "group_norm" in text[:40] for text in shapes] or [False], dtype=np.int64)
 
 
 def dequantization_bytes(call: CallTrace, scheme: str | None) -> Ints:
