@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from planner.cost.estimate import estimate_of
 from planner.cost.model import CostModel
 from planner.errors import NoFeasiblePlan, UsageError
-from planner.knobs import knob, normalize, violations
+from planner.knobs import knob, normalize, to_python, violations
 from planner.knobs.base import Context
 from planner.outcome import Outcome, choose, explain_choice
 from planner.plan import FrontierPoint, Plan, SearchCounts, WhatIf
@@ -157,6 +157,7 @@ def _plan(source: ModelSource, traces: Traces, model: CostModel, request: Reques
         baseline=dict(space.baseline), predicted=predicted,
         baseline_predicted=_estimate(model, space, outcome.baseline), alternatives=tuple(alternatives), rejected=outcome.rejected,
         frontier=tuple(_point(space, item) for item in outcome.frontier), binding=outcome.binding, what_if=_more(outcome),
+        statements=to_python(_plain(chosen.settings), space.context), batch_argument=traces.facts.batch_argument,
         counts=SearchCounts(candidates=outcome.candidates, evaluated=outcome.evaluated),
         warnings=tuple(_warnings(model, space, chosen, predicted)), notes=tuple(dict.fromkeys((*source.notes, *traces.notes))),
     )  # fmt: skip

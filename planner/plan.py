@@ -67,6 +67,10 @@ class Plan(Frozen):
     binding: str | None = None
     what_if: WhatIf | None = None
     counts: SearchCounts | None = None
+    statements: tuple[str, ...] | None = None
+    """Plain diffusers statements that do the same to a variable ``pipe``, in apply order; None: not written down."""
+    batch_argument: str | None = None
+    """Call argument of the pipeline that multiplies the batch."""
     warnings: tuple[str, ...] = ()
     notes: tuple[str, ...] = ()
 

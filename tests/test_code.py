@@ -76,17 +76,14 @@ def test_code_does_what_the_plan_does(family: str) -> None:
         assert_same(family, facts, settings, 2)
 
 
-@pytest.mark.xfail(strict=True, reason="the knob leaves 1x1 kernels in NCHW strides, Module.to(memory_format) does not")
 def test_code_of_channels_last_does_what_the_plan_does() -> None:
     assert_same("sd15", read_facts(FAMILIES["sd15"].build()), {"channels_last": True}, 2)
 
 
-@pytest.mark.xfail(strict=True, reason="the knob leaves computed buffers of transformers in float32, Module.to(dtype) casts them")
 def test_code_of_dtype_does_what_the_plan_does_to_rotary_buffers() -> None:
     assert_same("qwen_image", read_facts(FAMILIES["qwen_image"].build()), {"dtype": "bf16"}, 2)
 
 
-@pytest.mark.xfail(strict=True, reason="the knob leaves layers that stay in float32, or do not fit the kernel, as is; its code does not")
 def test_code_of_quantization_does_what_the_plan_does() -> None:
     assert_same("wan21_t2v", read_facts(FAMILIES["wan21_t2v"].build()), {"quantization": "transformer=fp8wo"}, 2)
 

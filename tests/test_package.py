@@ -72,7 +72,6 @@ def test_wheel_holds_code_data_types_and_licence(wheel: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=True, reason="planner.models.bundled looks for profiles in places of its own, not in planner.resources.data_path")
 def test_installed_command_explains_from_an_empty_folder(environment: Path, tmp_path: Path) -> None:
     where = run_there(environment, tmp_path, "python", "-c", "import planner; print(planner.__file__)")
     assert str(environment) in where.stdout, where.stderr

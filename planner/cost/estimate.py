@@ -7,7 +7,7 @@ from planner.cost.model import Cost, CostModel, PhaseCost
 from planner.cost.reserved import reserved_bytes
 from planner.dryrun.trace import Kind
 from planner.recipe import Recipe
-from planner.types import Basis, Bound, Estimate, Phase, Term
+from planner.types import Basis, Bound, Device, Estimate, Phase, Term
 
 EXACT_MEMORY_ERROR = 0.015
 """Half width of the interval around weights: rounding of parameters, buffers and small tables."""
@@ -23,7 +23,7 @@ def estimate_of(model: CostModel, recipe: Recipe, cost: Cost | None = None, *, d
     coefficients = model.coefficients
     peak = cost.peak_bytes
     reserved = max(reserved_bytes(model, recipe, cost), peak) if detailed else round(peak * 1.05)
-    reserved = max(reserved, cost.needed_bytes)
+    reserved = max(_held_back(reserved, model.device, coefficients), cost.needed_bytes)
     used = reserved + coefficients.context_bytes
     low, high = _memory_interval(cost, coefficients)
     spread = coefficients.latency_error if not _measured(cost) else min(coefficients.latency_error, 0.15)
@@ -52,6 +52,11 @@ def step_seconds(model: CostModel, cost: Cost) -> float | None:
         return None
     glue = cost.glue_seconds / steps if steps > 1 else 0.0
     return sum(phase.seconds for phase in loop) / steps + glue
+
+
+def _held_back(reserved: int, device: Device, coefficients: Coefficients) -> int:
+    """The allocator gives cached blocks back before it runs out (c10 CUDACachingAllocator), so it never reserves more than there is."""
+    return min(reserved, device.total_bytes - coefficients.context_bytes) if device.kind == "cuda" else reserved
 
 
 def _memory_interval(cost: Cost, coefficients: Coefficients) -> tuple[int, int]:

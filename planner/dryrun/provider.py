@@ -109,7 +109,7 @@ class Traces:
             except PlannerError as error:
                 self._failed[key] = error
                 raise
-            self._store(key, known)
+            known = self._store(key, known)
         self._traces[key] = known
         return known
 
@@ -127,10 +127,14 @@ class Traces:
         entry = self._entry(key)
         return None if entry is None else store.load(entry, from_arrays)
 
-    def _store(self, key: _Key, trace: PipelineTrace) -> None:
+    def _store(self, key: _Key, trace: PipelineTrace) -> PipelineTrace:
+        """Keep a trace, and answer with it as it will be read back: the same bytes whether it was cached or not."""
         entry = self._entry(key)
-        if entry is not None:
-            store.save(entry, *to_arrays(trace))
+        if entry is None:
+            return trace
+        header, arrays = to_arrays(trace)
+        store.save(entry, header, arrays)
+        return from_arrays(json.loads(json.dumps(header)), arrays)
 
 
 def _content(source: ModelSource, workload: Workload, inputs: Mapping[str, Any], dtype: str | None) -> dict[str, Any] | None:

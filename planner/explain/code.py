@@ -26,14 +26,19 @@ def render(plan: Plan, facts: PipelineFacts | None = None) -> str:
     Raises:
         ApplyError: the plan was made for a live pipeline that this process no longer has.
     """
+    lines, batch_argument = plan.statements, plan.batch_argument
+    if facts is not None or lines is None:
+        lines, batch_argument = _written(plan, facts if facts is not None else find_facts(plan))
+    statements = [line for line in lines if not line.startswith("# call pipe(")]
+    body = [*_head(plan), *_imports(statements), *(statements or ["# nothing to change"]), "", "", *_call(plan, batch_argument)]
+    return "\n".join(body) + "\n"
+
+
+def _written(plan: Plan, facts: PipelineFacts) -> tuple[tuple[str, ...], str | None]:
     from planner.knobs import Context, normalize, to_python
 
-    known = facts if facts is not None else find_facts(plan)
-    context = Context(facts=known, device=plan.device, workload=plan.workload, quality=plan.quality)
-    settings = normalize(plan.settings, context)
-    statements = [line for line in to_python(settings, context) if not line.startswith("# call pipe(")]
-    body = [*_head(plan), *_imports(statements), *(statements or ["# nothing to change"]), "", "", *_call(plan, known)]
-    return "\n".join(body) + "\n"
+    context = Context(facts=facts, device=plan.device, workload=plan.workload, quality=plan.quality)
+    return to_python(normalize(plan.settings, context), context), facts.batch_argument
 
 
 def find_facts(plan: Plan) -> PipelineFacts:
@@ -85,14 +90,14 @@ def _imports(statements: Iterable[str]) -> list[str]:
     return ["", *found, ""] if found else [""]
 
 
-def _call(plan: Plan, facts: PipelineFacts) -> list[str]:
+def _call(plan: Plan, batch_argument: str | None) -> list[str]:
     """The planned call as a function: sizes filled in, a split batch as a loop."""
     parts = int(plan.settings.get("batch_split", 1))
     sizes = {name: getattr(plan.workload, name) for name in _SIZES if getattr(plan.workload, name) is not None}
     if plan.settings.get("steps"):
         sizes["num_inference_steps"] = int(plan.settings["steps"])
-    if facts.batch_argument is not None:
-        sizes[facts.batch_argument] = plan.workload.batch_size // parts
+    if batch_argument is not None:
+        sizes[batch_argument] = plan.workload.batch_size // parts
     known = "".join(f'"{name}": {value!r}, ' for name, value in sizes.items())
     merged = f"{{{known}**inputs}}"
     if parts == 1:

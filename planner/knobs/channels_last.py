@@ -45,7 +45,7 @@ class ChannelsLast(Knob):
             for name in names:
                 for _, tensor in live.tensor_slots(modules[name]):
                     if tensor.dim() == 4 and tensor.is_floating_point():
-                        tensor.data = tensor.data.contiguous(memory_format=torch.channels_last)
+                        tensor.data = tensor.data.to(memory_format=torch.channels_last)
 
         return live.reversible(site, change)
 

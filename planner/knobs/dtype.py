@@ -65,10 +65,10 @@ class Dtype(Knob):
     def to_python(self, value: KnobValue, context: Context) -> tuple[str, ...]:
         if value == context.facts.dtype:
             return ()
-        dtype = TORCH_NAMES[str(value)]
-        if value == "fp32" or not any(_kept(part, str(value)) for part in context.facts.components):
+        dtype, parts = TORCH_NAMES[str(value)], context.facts.components
+        if value == "fp32" or not any(part.library == "transformers" or _kept(part, str(value)) for part in parts):
             return (f"pipe.to(torch.{dtype})",)
-        return tuple(_statement(part, str(value), dtype) for part in context.facts.components)
+        return tuple(_statement(part, str(value), dtype) for part in parts)
 
 
 def _kept(part: ComponentFacts, value: str) -> tuple[str, ...]:
@@ -77,12 +77,14 @@ def _kept(part: ComponentFacts, value: str) -> tuple[str, ...]:
 
 
 def _statement(part: ComponentFacts, value: str, dtype: str) -> str:
+    """``state_dict`` leaves out the buffers that transformers computes, which loading keeps in float32."""
     kept = _kept(part, value)
-    if not kept:
+    if not kept and part.library != "transformers":
         return f"pipe.{part.name}.to(torch.{dtype})"
+    stays = f" and not {{{', '.join(map(repr, kept))}}} & set(name.split('.'))" if kept else ""
     return (
-        f"for name, weight in pipe.{part.name}.named_parameters():\n"
-        f"    if not {{{', '.join(map(repr, kept))}}} & set(name.split('.')):\n"
+        f"for name, weight in pipe.{part.name}.state_dict(keep_vars=True).items():\n"
+        f"    if weight.is_floating_point(){stays}:\n"
         f"        weight.data = weight.data.to(torch.{dtype})"
     )
 

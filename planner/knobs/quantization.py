@@ -80,7 +80,7 @@ class Quantization(Knob):
         return live_quantization.quantize(site, schemes) if schemes else live.nothing
 
     def to_python(self, value: KnobValue, context: Context) -> tuple[str, ...]:
-        return tuple(_statement(name, scheme) for name, scheme in parse_schemes(value).items())
+        return tuple(_statement(context.facts.component(name), scheme) for name, scheme in parse_schemes(value).items())
 
 
 def parse_schemes(value: KnobValue) -> dict[str, str]:
@@ -140,7 +140,15 @@ def _refuse_torchao(scheme: Scheme, context: Context) -> str | None:
     return None
 
 
-def _statement(name: str, scheme: str) -> str:
+def _statement(part: ComponentFacts, scheme: str) -> str:
+    """The same layers as applying chooses: none that stays in float32, none whose sizes the kernel does not take."""
     if scheme == "fp8_layerwise":
-        return f"pipe.{name}.enable_layerwise_casting(torch.float8_e4m3fn, compute_dtype=pipe.{name}.dtype)"
-    return f"torchao.quantization.quantize_(pipe.{name}, torchao.quantization.{SCHEMES[scheme].config}())"
+        return f"pipe.{part.name}.enable_layerwise_casting(torch.float8_e4m3fn, compute_dtype=pipe.{part.name}.dtype)"
+    multiple, kept = SCHEMES[scheme].multiple, part.keep_in_fp32
+    tests = ["isinstance(layer, torch.nn.Linear)"]
+    if kept:
+        tests.append(f"not {{{', '.join(map(repr, kept))}}} & set(path.split('.'))")
+    if multiple > 1:
+        tests.append(f"layer.in_features % {multiple} == 0 and layer.out_features % {multiple} == 0")
+    chosen = f", filter_fn=lambda layer, path: {' and '.join(tests)}" if len(tests) > 1 else ""
+    return f"torchao.quantization.quantize_(pipe.{part.name}, torchao.quantization.{SCHEMES[scheme].config}(){chosen})"

@@ -14,11 +14,9 @@ from pydantic import Field, ValidationError
 from planner.errors import ProfileError
 from planner.models.jsonfile import read_json
 from planner.models.layout import Layout, Reader, read_layout
+from planner.resources import data_path
 from planner.types import Frozen
 
-_PACKAGE = Path(__file__).resolve().parent.parent
-_PLACES = (_PACKAGE / "profiles" / "models", _PACKAGE.parent / "profiles" / "models")
-"""Inside the installed package, or beside it in a checkout."""
 _NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
 
 
@@ -91,10 +89,7 @@ class ModelProfile(Frozen):
 
 def profiles_folder() -> Path:
     """Where the bundled profiles lie. Raises ProfileError when this installation has none."""
-    for place in _PLACES:
-        if place.is_dir():
-            return place
-    raise ProfileError(f"no bundled model profiles: neither {' nor '.join(map(str, _PLACES))} exists; reinstall.")
+    return data_path("profiles", "models")
 
 
 def list_profiles() -> tuple[ModelProfile, ...]:
