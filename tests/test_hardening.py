@@ -1,0 +1,187 @@
+"""Files from others, full and read-only disks, two planners at once: a PlannerError or a plan, never a crash or a hang."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from planner import Plan
+from planner.dryrun import store
+from planner.dryrun.trace import from_arrays
+from planner.errors import PlannerError
+from planner.hardware.profiles import find_gpu
+from tests.golden import cases
+
+FUZZ = settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=10), inner, max_size=4),
+    max_leaves=12,
+)
+
+
+def paths(value: Any, here: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
+    """Every place in a JSON value."""
+    yield here
+    items: Any = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
+    for key, inner in items:
+        yield from paths(inner, (*here, key))
+
+
+def replaced(value: Any, path: tuple[Any, ...], new: Any) -> Any:
+    if not path:
+        return new
+    copied = dict(value) if isinstance(value, dict) else list(value)
+    copied[path[0]] = replaced(value[path[0]], path[1:], new)
+    return copied
+
+
+@pytest.fixture(scope="module")
+def plan_text() -> str:
+    return cases.untouched().to_json()
+
+
+@FUZZ
+@given(st.text(max_size=300) | JSON.map(json.dumps))
+def test_any_text_is_a_plan_or_an_error(text: str) -> None:
+    with contextlib.suppress(PlannerError):
+        Plan.from_json("{" + text)
+    with contextlib.suppress(PlannerError):
+        Plan.from_json(text if text.lstrip().startswith(("{", "[")) else f"[{text}]")
+
+
+@FUZZ
+@given(data=st.data())
+def test_a_plan_with_one_place_replaced_is_a_plan_or_an_error(plan_text: str, data: st.DataObject) -> None:
+    content = json.loads(plan_text)
+    places = list(paths(content))
+    path = places[data.draw(st.integers(0, len(places) - 1))]
+    changed = replaced(content, path, data.draw(JSON))
+    try:
+        plan = Plan.from_json("  " + json.dumps(changed)) if isinstance(changed, dict | list) else None
+    except PlannerError:
+        return
+    if plan is not None:
+        assert Plan.from_json(plan.to_json()).to_json() == plan.to_json()
+
+
+@FUZZ
+@given(data=st.data())
+def test_a_damaged_plan_file_is_a_plan_or_an_error(plan_text: str, data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
+    raw = bytearray(plan_text.encode())
+    for _ in range(data.draw(st.integers(1, 5))):
+        raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
+    path = tmp_path_factory.getbasetemp() / "damaged.json"
+    path.write_bytes(raw[: data.draw(st.integers(0, len(raw)))])
+    with contextlib.suppress(PlannerError):
+        Plan.from_json(path)
+
+
+@pytest.mark.parametrize(
+    "text", ["[" * 100_000, '{"schema": ' * 50_000, '{"schema": "planner.plan/1", "workload": {"batch_size": 1e999}}',
+             '{"schema": "planner.plan/1", "settings": {"../../etc": true}}', "{}", "null", ""],
+    ids=["deep-list", "deep-object", "infinite", "path", "empty", "null", "nothing"])  # fmt: skip
+def test_hostile_plans_are_refused(text: str) -> None:
+    with pytest.raises(PlannerError):
+        Plan.from_json(text)
+
+
+def test_a_plan_file_is_never_larger_than_its_limit(tmp_path: Path) -> None:
+    path = tmp_path / "large.json"
+    with path.open("wb") as file:
+        file.truncate(1 << 34)  # sparse
+    with pytest.raises(PlannerError, match="larger than any plan file"):
+        Plan.from_json(path)
+    with pytest.raises(PlannerError):
+        Plan.from_json(tmp_path)
+    with pytest.raises(PlannerError):
+        Plan.from_json(tmp_path / "absent.json")
+
+
+@FUZZ
+@given(data=st.data())
+def test_a_damaged_trace_is_ignored(data: st.DataObject, tmp_path_factory: pytest.TempPathFactory) -> None:
+    from planner.dryrun.trace import to_arrays
+    from tests.test_trace_cache import example
+
+    folder = tmp_path_factory.getbasetemp() / "fuzzed"
+    before = os.environ.get("PLANNER_CACHE_DIR")
+    os.environ["PLANNER_CACHE_DIR"] = str(folder)
+    logging.disable(logging.WARNING)
+    try:
+        store.save("k", *to_arrays(example()))
+        path = next((folder / "traces").glob("*k*"))
+        raw = bytearray(path.read_bytes())
+        for _ in range(data.draw(st.integers(1, 8))):
+            raw[data.draw(st.integers(0, len(raw) - 1))] = data.draw(st.integers(0, 255))
+        path.write_bytes(raw[: data.draw(st.integers(0, len(raw)))])
+        store.load("k", from_arrays)
+    finally:
+        logging.disable(logging.NOTSET)
+        if before is None:
+            del os.environ["PLANNER_CACHE_DIR"]
+        else:
+            os.environ["PLANNER_CACHE_DIR"] = before
+
+
+@FUZZ
+@given(st.text(max_size=60))
+def test_any_name_is_a_gpu_or_an_error(name: str) -> None:
+    with contextlib.suppress(PlannerError):
+        find_gpu(name)
+
+
+# -- the cache directory ----------------------------------------------------------------------------------------------
+
+EXPLAIN = [sys.executable, "-m", "planner", "explain", "stable-diffusion-v1-5", "--gpu", "RTX 3060", "--json"]
+
+
+def explain(cache: Path, **environment: str) -> subprocess.Popen[str]:
+    variables = {**os.environ, "PLANNER_CACHE_DIR": str(cache), **environment}
+    return subprocess.Popen(EXPLAIN, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+@pytest.mark.slow
+def test_two_processes_planning_at_once_agree_and_leave_a_cache_that_works(tmp_path: Path) -> None:
+    both = [explain(tmp_path) for _ in range(2)]
+    answers = [process.communicate(timeout=300) for process in both]
+    assert [process.returncode for process in both] == [0, 0], answers
+    assert answers[0][0] == answers[1][0]
+    again = explain(tmp_path)
+    output, errors = again.communicate(timeout=300)
+    assert output == answers[0][0], errors
+    assert not list(tmp_path.rglob("*.tmp"))
+    assert not list(tmp_path.rglob("*.bad"))
+
+
+@pytest.mark.slow
+def test_a_cache_directory_that_cannot_be_written_is_done_without(tmp_path: Path) -> None:
+    """A file stands where the directory should be: it binds root, too."""
+    blocked = tmp_path / "cache"
+    blocked.write_text("in the way")
+    process = explain(blocked)
+    output, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors
+    assert json.loads(output)["settings"]
+    assert blocked.read_text() == "in the way"
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full to be a full disk")
+def test_output_to_a_full_disk_ends_without_a_traceback(tmp_path: Path) -> None:
+    with open("/dev/full", "w") as full:
+        variables = {**os.environ, "PLANNER_CACHE_DIR": str(tmp_path)}
+        process = subprocess.run(EXPLAIN, env=variables, stdout=full, stderr=subprocess.PIPE, text=True, timeout=300, check=False)
+    assert process.returncode != 0
+    assert "Traceback" not in process.stderr
