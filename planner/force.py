@@ -286,6 +286,8 @@ def is_out_of_memory(error: BaseException | None) -> bool:
 def release(error: BaseException) -> None:
     """Drop the tensors that the frames of a failed call still hold: neither can their memory be given back before, nor can
     weights be swapped that something else refers to."""
+    import gc
+
     seen: set[int] = set()
     waiting: list[BaseException | None] = [error]
     while waiting:
@@ -294,7 +296,9 @@ def release(error: BaseException) -> None:
             continue
         seen.add(id(one))
         traceback.clear_frames(one.__traceback__)
+        one.__traceback__ = None
         waiting += [one.__cause__, one.__context__]
+    gc.collect()
 
 
 def give_back_memory(pipe: Any) -> None:

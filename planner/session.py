@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
@@ -32,6 +33,9 @@ SUSPECTS = ("compile", "quantization", "cache", "attention", "dtype")
 """Knobs whose settings make a pipeline raise most easily, in the order in which they are given up."""
 Tried = Check | Evidence | PlannerError | None
 """How an attempt ended: checked, out of memory, raised, or not asked to be checked."""
+
+NOTE_LENGTH = 4000
+"""Characters of a failed call's traceback that its error carries as a note; the frames themselves would hold on to tensors."""
 
 
 @dataclass(slots=True)
@@ -153,10 +157,11 @@ class Session:
 
     def _raised(self, plan: Plan, pipe: Any, error: Exception) -> PlannerError:
         """What the plan made the pipeline raise, the plan taken back; raised where the user's own choices leave no other plan."""
+        failed = _failed("the plan", error)
+        failed.add_note("".join(traceback.format_exception(error))[-NOTE_LENGTH:])
         release(error)
         if in_force(pipe) is not None:
             take_back(pipe)
-        failed = _failed("the plan", error)
         if self._all_fixed(plan):
             raise failed from error
         return failed
