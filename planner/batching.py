@@ -2,57 +2,88 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from math import gcd
 from typing import Any
 
 from planner.errors import UsageError
 
 BATCH_ARGUMENTS = ("num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_per_prompt", "num_audios_per_prompt", "batch_size")
 """Call arguments that multiply the batch, under all the names that diffusers has for them."""
+_SAMPLES = ("prompt", "prompt_embeds", "class_labels", "image_embeds", "image_embeddings", "image", "images", "video")
+"""Arguments that say how many samples are asked for, the one that decides first."""
+_NOT_SAMPLES = frozenset({
+    "timesteps", "sigmas", "prior_timesteps", "decoder_timesteps", "original_size", "target_size", "crops_coords_top_left",
+    "negative_original_size", "negative_target_size", "negative_crops_coords_top_left", "controlnet_conditioning_scale",
+    "control_guidance_start", "control_guidance_end", "control_mode", "text_encoder_out_layers", "gligen_phrases", "gligen_boxes",
+    "editing_prompt", "edit_guidance_scale", "callback_on_step_end_tensor_inputs", "token_indices", "pag_applied_layers",
+})  # fmt: skip
+"""Lists that hold something else than one entry per sample."""
+
+
+def batch_argument_of(names: Iterable[str]) -> str | None:
+    """The argument among ``names`` that multiplies the batch. Beside a prompt or image ``batch_size`` is how many run at once."""
+    known = set(names)
+    found = next((name for name in BATCH_ARGUMENTS if name in known), None)
+    return None if found == "batch_size" and {"prompt", "image"} & known else found
+
+
+def samples_in(inputs: Mapping[str, Any]) -> int | None:
+    """Samples that the arguments list one by one (prompts, labels, embeddings, pictures); None where nothing says.
+
+    ``batch_size`` does not multiply what is listed, it says how long the list is: then None.
+    """
+    if batch_argument_of(inputs) == "batch_size":
+        return None
+    for name in _SAMPLES:
+        value: Any = inputs.get(name)
+        if isinstance(value, str):
+            return 1
+        if isinstance(value, list | tuple) and name != "video":
+            return len(value)
+        if getattr(value, "ndim", 0) >= (5 if name == "video" else 4 if name.startswith("image") and "embed" not in name else 1):
+            return int(value.shape[0])
+    return None
 
 
 def share(inputs: Mapping[str, Any], parts: int) -> list[dict[str, Any]]:
-    """``inputs`` of one call as inputs of ``parts`` equal calls.
+    """``inputs`` of one call as inputs of ``parts`` equal calls whose outputs, one after the other, are in the call's own order.
 
-    A count argument is divided where it divides; otherwise lists and tensors as long as the list of prompts are cut.
+    Lists and tensors with one entry per sample are cut; then a count argument is divided, where a call is left with one sample.
 
     Raises:
-        UsageError: the batch does not divide.
+        UsageError: the batch does not divide that way.
     """
     if parts == 1:
         return [dict(inputs)]
-    for name in BATCH_ARGUMENTS:
-        count = inputs.get(name)
-        if isinstance(count, int) and count >= parts and count % parts == 0:
-            generators = inputs.get("generator")
-            rest = _cut(inputs, count, parts, ("generator",)) if isinstance(generators, list) else [dict(inputs) for _ in range(parts)]
-            return [piece | {name: count // parts} for piece in rest]
-    length = _batch_length(inputs)
-    if length is None:
-        return [dict(inputs) for _ in range(parts)]
-    if length % parts:
-        raise UsageError(f"a batch of {length} does not split into {parts} equal calls; choose a divisor of {length}.")
-    return _cut(inputs, length, parts, tuple(inputs))
+    argument = batch_argument_of(name for name, value in inputs.items() if value is not None)
+    count = int(inputs[argument]) if argument else 1
+    samples = samples_in(inputs) or 1
+    cuts = gcd(samples, parts)
+    rest = parts // cuts
+    if count % rest or (rest > 1 and samples > cuts):
+        batch = f"{samples} samples times {count}" if samples > 1 < count else f"{samples * count}"
+        raise UsageError(f"a batch of {batch} does not split into {parts} equal calls; choose a divisor of {max(samples, count)}.")
+    pieces = _cut(inputs, cuts, {samples, samples * count}) if cuts > 1 else [dict(inputs)]
+    if argument is None or rest == 1:
+        return pieces
+    names = None if argument == "batch_size" else ("generator", "latents")
+    found = [small for piece in pieces for small in _cut(piece, rest, {count}, names)]
+    return [piece | {argument: count // rest} for piece in found]
 
 
-def _batch_length(inputs: Mapping[str, Any]) -> int | None:
-    prompt = inputs.get("prompt")
-    if isinstance(prompt, list | tuple):
-        return len(prompt)
-    embeds = inputs.get("prompt_embeds")
-    return int(embeds.shape[0]) if embeds is not None and getattr(embeds, "ndim", 0) > 0 else None
-
-
-def _cut(inputs: Mapping[str, Any], length: int, parts: int, names: tuple[str, ...]) -> list[dict[str, Any]]:
-    size = length // parts
-    pieces = []
-    for index in range(parts):
-        window = slice(index * size, (index + 1) * size)
-        pieces.append({name: value[window] if name in names and _spans(value, length) else value for name, value in inputs.items()})
+def _cut(inputs: Mapping[str, Any], parts: int, lengths: set[int], names: tuple[str, ...] | None = None) -> list[dict[str, Any]]:
+    pieces: list[dict[str, Any]] = [dict(inputs) for _ in range(parts)]
+    for name, value in inputs.items():
+        length = _length(value)
+        if length in lengths and length % parts == 0 and length > 1 and name not in _NOT_SAMPLES and (names is None or name in names):
+            size = length // parts
+            for index, piece in enumerate(pieces):
+                piece[name] = value[index * size : (index + 1) * size]
     return pieces
 
 
-def _spans(value: Any, length: int) -> bool:
+def _length(value: Any) -> int:
     if isinstance(value, list | tuple):
-        return len(value) == length
-    return getattr(value, "ndim", 0) > 0 and hasattr(value, "shape") and value.shape[0] == length
+        return len(value)
+    return int(value.shape[0]) if getattr(value, "ndim", 0) > 0 and hasattr(value, "shape") else 0

@@ -10,8 +10,10 @@ import pytest
 import torch
 
 from planner import autoplan, explain
+from planner.batching import batch_argument_of, samples_in, share
 from planner.dryrun.run import DryRun
 from planner.dryrun.trace import VaeMode
+from planner.errors import UsageError
 from planner.knobs import knob
 from planner.types import Workload
 from tests.zoo import FAMILIES, Case, as_array, seeded
@@ -157,3 +159,29 @@ def test_equal_frames_of_a_tiled_video_are_traced_once_with_all_their_work() -> 
     assert len(long) > 2 * len(short)
     assert long_tiled.total_flops == pytest.approx(long.total_flops, rel=0.02)
     assert short_tiled.total_flops == pytest.approx(short.total_flops, rel=0.02)
+
+
+def test_two_prompts_times_two_images_are_cut_by_prompt_so_that_the_order_stays() -> None:
+    inputs = {"prompt": ["a", "b"], "num_images_per_prompt": 2, "generator": [1, 2, 3, 4], "original_size": (8, 8), "sigmas": [1.0, 0.5]}
+    first, second = share(inputs, 2)
+    assert first == {**inputs, "prompt": ["a"], "generator": [1, 2]}
+    assert second == {**inputs, "prompt": ["b"], "generator": [3, 4]}
+    assert [(piece["prompt"], piece["num_images_per_prompt"], piece["generator"]) for piece in share(inputs, 4)] == [
+        (["a"], 1, [1]), (["a"], 1, [2]), (["b"], 1, [3]), (["b"], 1, [4])]  # fmt: skip
+    with pytest.raises(UsageError, match="3 samples times 2"):
+        share({"prompt": ["a", "b", "c"], "num_images_per_prompt": 2}, 2)
+
+
+def test_the_batch_is_what_labels_embeddings_or_pictures_say_where_there_is_no_prompt() -> None:
+    labels = FAMILIES["dit"]
+    pipe = labels.build()
+    plan = autoplan(pipe, batch_size=2, inputs=labels.inputs(pipe), device="cpu", calibrate="never", verify=False, fix=UNCOMPILED)
+    assert plan.workload.batch_size == 2
+    assert plan.settings["batch_split"] == 1
+    plan.undo(pipe)
+    assert [piece["class_labels"] for piece in share({"class_labels": [1, 2], "batch_size": 2}, 2)] == [[1], [2]]
+    assert share({"image_embeds": torch.zeros(4, 8), "height": 4}, 2)[1]["image_embeds"].shape == (2, 8)
+    assert samples_in({"image": torch.zeros(3, 16, 16)}) is None
+    assert samples_in({"image": torch.zeros(2, 3, 16, 16)}) == 2
+    assert batch_argument_of(["image", "batch_size"]) is None  # Marigold's: how many pictures its UNet takes at once
+    assert batch_argument_of(["batch_size", "class_labels"]) == "batch_size"

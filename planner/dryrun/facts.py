@@ -12,13 +12,13 @@ from typing import Any
 import torch
 from torch import nn
 
+from planner.batching import batch_argument_of
 from planner.errors import UnsupportedPipeline
 from planner.facts import ComponentFacts, Leaf, PipelineFacts, Role
 
 DTYPE_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 DENOISERS = ("unet", "transformer", "prior", "decoder", "unconditional_transformer")
 VAES = ("vae", "movq", "vqvae", "audio_vae", "vqgan")
-BATCH_ARGUMENTS = ("num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_per_prompt", "batch_size")
 NO_FUSION = {
     # Raise, or run without any effect, when asked to fuse: tried on diffusers' own tiny configurations, 0.42.1.
     "LTX2VideoTransformer3DModel",
@@ -49,7 +49,7 @@ def read_facts(pipe: Any) -> PipelineFacts:
         opens_cache_context="cache_context(" in source,
         has_current_timestep=hasattr(cls, "current_timestep"),
         has_fuse_qkv_method=hasattr(cls, "fuse_qkv_projections"),
-        batch_argument=next((name for name in BATCH_ARGUMENTS if name in _call_parameters(cls)), None),
+        batch_argument=batch_argument_of(_call_parameters(cls)),
         vae_shares_dtype="vae.dtype" not in source,
         default_steps=_default_steps(cls),
         scheduler=None if scheduler is None else type(scheduler).__name__,

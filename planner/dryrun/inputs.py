@@ -6,7 +6,7 @@ import inspect
 from collections.abc import Mapping
 from typing import Any
 
-from planner.batching import BATCH_ARGUMENTS
+from planner.batching import batch_argument_of, samples_in
 from planner.errors import UnsupportedPipeline, UsageError
 from planner.types import Workload
 
@@ -23,18 +23,13 @@ def call_parameters(pipe: Any) -> Mapping[str, inspect.Parameter]:
 
 def batch_argument(pipe: Any) -> str | None:
     """The call argument that multiplies the batch, if there is one."""
-    parameters = call_parameters(pipe)
-    return next((name for name in BATCH_ARGUMENTS if name in parameters), None)
+    return batch_argument_of(call_parameters(pipe))
 
 
 def batch_of(pipe: Any, inputs: Mapping[str, Any]) -> int:
-    """Samples that these arguments ask for: prompts times images per prompt."""
-    count = len(inputs["prompt"]) if isinstance(inputs.get("prompt"), list | tuple) else 1
-    embeds = inputs.get("prompt_embeds")
-    if count == 1 and embeds is not None and getattr(embeds, "ndim", 0) >= 2:
-        count = int(embeds.shape[0])
+    """Samples that these arguments ask for: prompts (or labels, embeddings, pictures) times images per prompt."""
     argument = batch_argument(pipe)
-    return count * int(inputs.get(argument) or 1) if argument else count
+    return (samples_in(inputs) or 1) * (int(inputs.get(argument) or 1) if argument else 1)
 
 
 def complete_workload(pipe: Any, workload: Workload, inputs: Mapping[str, Any]) -> Workload:

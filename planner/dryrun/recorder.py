@@ -416,7 +416,7 @@ def _fresh(tensors: list[torch.Tensor], outs: list[torch.Tensor]) -> list[torch.
 def _broadcast_elements(tensors: list[torch.Tensor]) -> int:
     """Elements of the tensors broadcast against each other, as pointwise work would; of the first one where they do not fit."""
     try:
-        return math.prod(torch.broadcast_shapes(*(tensor.shape for tensor in tensors)))
+        return int(math.prod(torch.broadcast_shapes(*(tensor.shape for tensor in tensors))))
     except RuntimeError:
         return tensors[0].numel()
 
