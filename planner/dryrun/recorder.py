@@ -418,7 +418,7 @@ def _broadcast_elements(tensors: list[torch.Tensor]) -> int:
     try:
         return int(math.prod(torch.broadcast_shapes(*(tensor.shape for tensor in tensors))))
     except RuntimeError:
-        return tensors[0].numel()
+        return int(tensors[0].numel())
 
 
 def _shape_only(tensor: torch.Tensor) -> torch.Tensor:

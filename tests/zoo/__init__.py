@@ -5,10 +5,10 @@
 image_unet, image_dit, video, audio or other.
 """
 
-from . import audio, image_dit, image_staged, image_unet, other, video
+from . import audio, image_dit, image_staged, image_unet, more, other, video
 from .case import FAMILIES, PROMPT, Case, as_array, seeded
 
 __all__ = [
     "FAMILIES", "PROMPT", "Case", "as_array", "seeded",
-    "audio", "image_dit", "image_staged", "image_unet", "other", "video",
+    "audio", "image_dit", "image_staged", "image_unet", "more", "other", "video",
 ]  # fmt: skip
