@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -89,7 +90,12 @@ def _roll_back(applied: Applied) -> list[BaseException]:
             undo()
         except BaseException as error:  # a second Ctrl-C must not leave half of the hooks in place
             failures.append(error)
-    applied.before.restore(applied.pipe)
+    try:
+        applied.before.restore(applied.pipe)
+    except BaseException as error:  # whatever stopped it may be over: restoring is idempotent
+        failures.append(error)
+        traceback.clear_frames(error.__traceback__)
+        applied.before.restore(applied.pipe)
     for failure in failures:
         if not isinstance(failure, Exception):
             raise failure

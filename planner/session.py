@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from planner.cost.model import CostModel
 from planner.decide import decide, settings_estimate
-from planner.errors import NoFeasiblePlan, PlannerError, UsageError, VerificationError
+from planner.errors import NoFeasiblePlan, PlannerError, UnsupportedPipeline, UsageError, VerificationError
 from planner.force import Evidence, evidence_after, in_force, is_out_of_memory, peak_of, put_in_force, release, take_back
 from planner.knobs.compile import COMPILES
 from planner.progress import Progress, silent
@@ -76,7 +76,12 @@ class Session:
     def decide(self) -> Plan:
         """The best plan by the model as it is now. Raises NoFeasiblePlan, UsageError."""
         barred = {name: frozenset(values) for name, values in self.refused.items()}
-        return self.refine(lambda: decide(self.source, self.traces, self.model, self.request, excluded=barred))
+        try:
+            return self.refine(lambda: decide(self.source, self.traces, self.model, self.request, excluded=barred))
+        except RuntimeError as error:  # torch's own: the dry run copies what is not weights
+            if is_out_of_memory(error):
+                raise NoFeasiblePlan("out of memory while planning; the pipeline was not touched. Free memory and plan again.") from error
+            raise UnsupportedPipeline(f"the dry run failed ({type(error).__name__}: {str(error)[:200]}); nothing was touched.") from error
 
     # -- applying and checking --------------------------------------------------------------------------------------
 
