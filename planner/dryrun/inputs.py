@@ -49,7 +49,7 @@ def _batch(pipe: Any, asked: int, inputs: Mapping[str, Any]) -> int:
     argument = batch_argument(pipe)
     if asked in (1, given):
         return given
-    if argument is None and given == 1 and "prompt" in call_parameters(pipe):
+    if argument is None and given == 1 and {"prompt", "class_labels"} & set(call_parameters(pipe)):
         return asked
     if argument is not None and inputs.get(argument) is None and asked % given == 0:
         return asked
@@ -81,6 +81,8 @@ def call_arguments(pipe: Any, workload: Workload, inputs: Mapping[str, Any], wit
             continue
         if name in _IMAGES and (required or with_images):
             arguments[name] = _picture(pipe, name, workload)
+        elif required and name == "class_labels":
+            arguments[name] = [0] * workload.batch_size
         elif required:
             raise UnsupportedPipeline(f"{type(pipe).__name__} needs {name!r} and no stand-in for it is known; pass inputs={{'{name}': …}}.")
     return arguments
