@@ -186,3 +186,11 @@ def test_the_batch_is_what_labels_embeddings_or_pictures_say_where_there_is_no_p
     assert samples_in({"image": torch.zeros(2, 3, 16, 16)}) == 2
     assert batch_argument_of(["image", "batch_size"]) is None  # Marigold's: how many pictures its UNet takes at once
     assert batch_argument_of(["batch_size", "class_labels"]) == "batch_size"
+
+
+def test_a_batch_that_only_the_workload_names_can_be_split() -> None:
+    pipe = FAMILIES["sd15"].build()
+    inputs = {"prompt": "a", "height": 32, "width": 32, "num_inference_steps": 2}
+    fixed = {**UNCOMPILED, "batch_split": 4}
+    plan = autoplan(pipe, batch_size=4, inputs=inputs, device="cpu", calibrate="never", apply=False, fix=fixed)
+    assert plan.settings["batch_split"] == 4

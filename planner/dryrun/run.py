@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from planner.batching import share
 from planner.dryrun.inputs import call_arguments, complete_workload
 from planner.dryrun.operations import TORCH_DTYPES
 from planner.dryrun.session import Session
@@ -60,9 +61,14 @@ class DryRun:
             self._sessions[key] = session, trace
         return trace
 
+    def _arguments(self, batch: int, with_images: bool) -> dict[str, Any]:
+        """The whole call's arguments, or the first share of it where ``batch`` is a part of the workload's."""
+        whole = self.workload.batch_size
+        if batch >= whole or whole % batch:
+            return call_arguments(self.pipe, self.workload.model_copy(update={"batch_size": batch}), self.inputs, with_images)
+        return share(call_arguments(self.pipe, self.workload, self.inputs, with_images), whole // batch)[0]
+
     def _run(self, dtype: str | None, batch: int) -> tuple[Session, PipelineTrace]:
-        workload = self.workload.model_copy(update={"batch_size": batch})
-        inputs = _split_inputs(self.inputs, self.workload.batch_size // batch if batch else 1)
         attempts = [self._how] if self._how else _ATTEMPTS
         failures: list[Exception] = []
         for with_images, again in attempts:
@@ -70,7 +76,7 @@ class DryRun:
             if dtype is not None:
                 cast_meta(session, dtype)
             try:
-                arguments = call_arguments(self.pipe, workload, inputs, with_images)
+                arguments = self._arguments(batch, with_images)
                 trace = session.run(arguments)
             except PlannerError:
                 raise
@@ -118,13 +124,6 @@ def cast_meta(session: Session, dtype: str) -> None:
             for name, buffer in part._buffers.items():
                 if buffer is not None and buffer.is_floating_point():
                     part._buffers[name] = buffer.to(target)
-
-
-def _split_inputs(inputs: Mapping[str, Any], parts: int) -> dict[str, Any]:
-    """The first of ``parts`` equal shares of a call: lists of prompts and batched tensors are cut, counts divided."""
-    from planner.batching import share
-
-    return share(inputs, parts)[0] if parts > 1 else dict(inputs)
 
 
 def _dtype_of(pipe: Any) -> str:
