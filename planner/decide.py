@@ -16,7 +16,7 @@ from planner.plan import FrontierPoint, Plan, SearchCounts, WhatIf
 from planner.search import Candidate, Limits
 from planner.space import Space, build_space, recipe_of
 from planner.types import Alternative, Device, Estimate, KnobValue, Quality, Settings
-from planner.units import GIB, format_bytes
+from planner.units import GIB, format_bytes, format_seconds
 
 if TYPE_CHECKING:
     from planner.autoplan import Request
@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from planner.models import ModelSource
 
 NOT_NEEDED = "never faster, and the memory that it saves is not needed here"
+SETUP_NOTICE = 0.05
+"""Share of a call that the one-off costs must reach, spread over the assumed calls, to be pointed out."""
+USUAL_CALLS = 20
+"""Assumed number of calls that one-off costs (compiling, quantizing, moving) are weighed against when nobody says how many."""
 HOST_NOTICE_BYTES = 16 * GIB
 """Assumed: host memory that many desktops do not have free; where the host is unknown, more than this is pointed out."""
 STAGE_MARGIN = 0.02
@@ -45,7 +49,7 @@ def decide(source: ModelSource, traces: Traces, model: CostModel, request: Reque
         barred = {name: dict.fromkeys(values, NOT_NEEDED) for name, values in stage.items()}
         for name, values in (excluded or {}).items():
             barred[name] = barred.get(name, {}) | dict.fromkeys(values, "ruled out after a plan with it did not hold")
-        space = build_space(context, model, fix=request.fix, calls=request.calls, host_bytes=host, excluded=barred)
+        space = build_space(context, model, fix=request.fix, calls=request.calls or USUAL_CALLS, host_bytes=host, excluded=barred)
         chosen = choose(space, request.objective, split_margin=split_margin)
         if chosen is not None and _good_enough(space, chosen, margin):
             break
@@ -184,6 +188,9 @@ def _warnings(model: CostModel, space: Space, chosen: Candidate, predicted: Esti
         found.append("fp16 can overflow to black pictures in models that were not trained for it; autoplan checks the output")
     if space.limits.stock_bytes is None and predicted.host_bytes > HOST_NOTICE_BYTES:
         found.append(f"needs {format_bytes(predicted.host_bytes)} of host memory; to plan within yours add --host-memory, such as 32GiB")
+    share = predicted.setup_seconds / USUAL_CALLS
+    if space.problem.calls == USUAL_CALLS and share > SETUP_NOTICE * predicted.latency_seconds:
+        found.append(f"setting up takes {format_seconds(predicted.setup_seconds)}, weighed against {USUAL_CALLS} calls; say how many: --calls N")
     fallbacks = model.trace_for(space.recipe(_plain(chosen.settings))).fallbacks
     if fallbacks:
         found.append(f"{len(fallbacks)} operations could not be traced exactly: {', '.join(fallbacks[:3])}")

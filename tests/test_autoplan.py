@@ -179,7 +179,9 @@ def test_bad_requests_get_one_clear_line(options: dict[str, Any], kind: type[Pla
     assert_untouched("sd15", before)
 
 
-@pytest.mark.parametrize("thing", [42, None, "stable-diffusion-xl", torch.nn.Linear(2, 2), object()], ids=repr)
+@pytest.mark.parametrize(
+    "thing", [42, None, "stable-diffusion-xl", torch.nn.Linear(2, 2), object()], ids=["int", "None", "str", "module", "object"]
+)
 def test_what_is_no_pipeline_is_refused(thing: Any) -> None:
     with pytest.raises((UnsupportedPipeline, UsageError)) as caught:
         autoplan(thing, device="cpu", calibrate="never")
