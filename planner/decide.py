@@ -190,7 +190,8 @@ def _warnings(model: CostModel, space: Space, chosen: Candidate, predicted: Esti
         found.append(f"needs {format_bytes(predicted.host_bytes)} of host memory; to plan within yours add --host-memory, such as 32GiB")
     share = predicted.setup_seconds / USUAL_CALLS
     if space.problem.calls == USUAL_CALLS and share > SETUP_NOTICE * predicted.latency_seconds:
-        found.append(f"setting up takes {format_seconds(predicted.setup_seconds)}, weighed against {USUAL_CALLS} calls; say how many: --calls N")
+        setup = format_seconds(predicted.setup_seconds)
+        found.append(f"setting up takes {setup}, weighed against {USUAL_CALLS} calls; say how many: --calls N")
     fallbacks = model.trace_for(space.recipe(_plain(chosen.settings))).fallbacks
     if fallbacks:
         found.append(f"{len(fallbacks)} operations could not be traced exactly: {', '.join(fallbacks[:3])}")
