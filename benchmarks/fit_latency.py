@@ -1,6 +1,6 @@
 """Fit of the shipped latency coefficients on published tables, and its error on sources and cards left out.
 
-    python benchmarks/fit_latency.py [--write] [--leave-out] [TABLE ...]
+    python benchmarks/fit_latency.py [--write] [--leave-out source|card|both] [TABLE ...]
 
 Without arguments: the two bundled tables, and the fitted numbers are printed. ``--write`` puts them into
 ``calibration/coefficients/defaults.toml``; ``--leave-out`` fits again without each source and each card and prints the
@@ -17,6 +17,7 @@ from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
@@ -25,12 +26,15 @@ from planner.cost.coefficients import Coefficients, default_coefficients, host_o
 from planner.dryrun.trace import Floats
 from planner.validate import read_table
 from planner.validate.calibrated import Errors, Job, jobs_of
+from planner.validate.order import FASTER_BY
+from planner.validate.report import job_text, plan_text
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLES = (ROOT / "calibration/published/published.csv", ROOT / "calibration/published/torch2_table.csv")
 DEFAULTS = ROOT / "calibration/coefficients/defaults.toml"
 SHARED = {"8.9": "8.6", "12.0": "8.6"}
 """Capabilities that take another one's numbers: GeForce cards of three generations, whose rates per multiprocessor are equal."""
+LABELS: dict[str, Callable[[Job], str]] = {"source": lambda job: job.case.series, "card": lambda job: job.device.name}
 _SCALE = 0.1
 """Residuals (of the logarithm) beyond this count linearly."""
 
@@ -54,7 +58,6 @@ def _share(section: str, name: str, prior: float, sigma: float = 0.5) -> Number:
 
 
 NUMBERS = (
-    _share("base", "matmul_share", 0.7),
     _share("base", "vector_share", 0.7),
     _share("base", "bandwidth_share", 0.8, 0.2),
     Number(section="base", name="pointwise_per_flop", prior=0.015, low=0.003, high=0.1),
@@ -162,9 +165,18 @@ class Fit:
         return {(number.section, number.name): float(f"{value:.3g}") for number, value in pairs}
 
 
+def typical(fitted: Mapping[tuple[str, str], float]) -> dict[str, float]:
+    """Geometric means over the generations: what a generation without rows gets."""
+    found: dict[str, list[float]] = defaultdict(list)
+    for (section, name), value in fitted.items():
+        if section.startswith("capability.") and name.endswith("_share"):
+            found[name].append(math.log(value))
+    return {name: float(f"{math.exp(sum(logs) / len(logs)):.3g}") for name, logs in found.items()}
+
+
 def overridden(fitted: Mapping[tuple[str, str], float], job: Job) -> Coefficients:
-    """The shipped coefficients of a job's card with the fitted numbers in place."""
-    own = {name: value for section in sections(job) for (where, name), value in fitted.items() if where == section}
+    """The shipped coefficients of a job's card with the fitted numbers in place; nothing fitted is left of the shipped ones."""
+    own = typical(fitted) | {name: value for section in sections(job) for (where, name), value in fitted.items() if where == section}
     return default_coefficients(job.device).model_copy(update=own)
 
 
@@ -178,6 +190,22 @@ def left_out(jobs: Sequence[Job], label: Callable[[Job], str], start: Mapping[tu
     return out
 
 
+def faster_pairs(jobs: Sequence[Job], errors: Mapping[str, Errors], label: Callable[[Job], str]) -> tuple[int, int]:
+    """Pairs of plans for one job on one card of one source whose times differ by over 10 %, and how many are in the right order."""
+    predicted: dict[tuple[str, ...], list[tuple[Job, float]]] = defaultdict(list)
+    for name, found in errors.items():
+        for job, error in zip([job for job in jobs if label(job) == name], found.values, strict=True):
+            kind = (job.case.series, job.device.name, job.row.metric, job_text(job.case))
+            predicted[kind].append((job, job.measured_seconds * (1.0 + error)))
+    pairs = right = 0
+    for group in predicted.values():
+        for (first, one), (second, other) in combinations(group, 2):
+            ratio = first.measured_seconds / second.measured_seconds
+            if plan_text(first.case) != plan_text(second.case) and max(ratio, 1 / ratio) > 1 + FASTER_BY:
+                pairs, right = pairs + 1, right + ((one - other) * (ratio - 1) > 0)
+    return pairs, right
+
+
 def errors_of(jobs: Sequence[Job], coefficients: Callable[[Job], Coefficients]) -> Errors:
     """Relative errors of all jobs."""
     errors = Errors()
@@ -188,7 +216,7 @@ def errors_of(jobs: Sequence[Job], coefficients: Callable[[Job], Coefficients]) 
 
 def written(text: str, fitted: dict[tuple[str, str], float]) -> str:
     """The file's text with the fitted numbers replaced; the places must be there already."""
-    targets = dict(fitted)
+    targets = dict(fitted) | {("base", name): value for name, value in typical(fitted).items()}
     for key, like in SHARED.items():
         targets |= {(f"capability.{key}", name): value for (section, name), value in fitted.items() if section == f"capability.{like}"}
     section, out = "", []
@@ -205,7 +233,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tables", nargs="*", type=Path, default=list(TABLES))
     parser.add_argument("--write", action="store_true")
-    parser.add_argument("--leave-out", action="store_true")
+    parser.add_argument("--leave-out", choices=("source", "card", "both"), help="refit without each source, each card, or both in turn")
     given = parser.parse_args(arguments)
     jobs = jobs_of(row for path in given.tables for row in read_table(path))
     fit = Fit([job for job in jobs if is_resident(job)])
@@ -217,13 +245,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if given.write:
         DEFAULTS.write_text(written(DEFAULTS.read_text(encoding="utf-8"), fitted), encoding="utf-8")
     if given.leave_out:
-        labels: dict[str, Callable[[Job], str]] = {"source": lambda job: job.case.series, "card": lambda job: job.device.name}
-        for kind, label in labels.items():
+        for kind, label in LABELS.items():
+            if given.leave_out not in (kind, "both"):
+                continue
             print(f"\neach {kind} left out")
             found = left_out(jobs, label, fitted)
             for name, errors in found.items():
                 print(f"  {name:28} {errors.text()}", flush=True)
             print(f"  {'all':28} {Errors([value for errors in found.values() for value in errors.values]).text()}")
+            pairs, right = faster_pairs(jobs, found, label)
+            print(f"  which of two plans is faster: {right} of {pairs} right ({right / max(pairs, 1):.1%})", flush=True)
     return 0
 
 

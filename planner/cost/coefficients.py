@@ -34,7 +34,8 @@ class Coefficients(Frozen):
     """Products that run without tensor cores, such as fp32 ones where TF32 is absent or off; None: as with them."""
     attention_share: Share
     """Fused attention kernels (flash, efficient)."""
-    cudnn_attention_share: Share
+    cudnn_attention_share: Share | None = None
+    """None: as ``attention_share``."""
     bandwidth_share: Share
     pointwise_per_flop: Annotated[float, Field(gt=0)] | None = None
     """Elements that pointwise and normalization kernels move per fp32 FLOP of the peak: instructions, not memory, limit them on

@@ -183,7 +183,8 @@ def _attention_shares(call: CallTrace, device: Device, coefficients: Coefficient
     width = np.maximum(call.dims[:, 4], 1).astype(np.float64)
     place = np.minimum(np.searchsorted(_ATTENTION_WIDTHS, width), len(_ATTENTION_WIDTHS) - 1)
     padded = np.maximum(np.array(_ATTENTION_WIDTHS)[place], width)
-    fused = np.where(kernels == "cudnn", coefficients.cudnn_attention_share, coefficients.attention_share) * width / padded
+    cudnn = coefficients.cudnn_attention_share or coefficients.attention_share
+    fused = np.where(kernels == "cudnn", cudnn, coefficients.attention_share) * width / padded
     return np.where(np.isin(kernels, SCORES), coefficients.matmul_share * SCORE_PRODUCT_SHARE, fused)
 
 

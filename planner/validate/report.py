@@ -33,7 +33,8 @@ def _numbered(row: Row) -> bool:
     return not (isinstance(row, PublishedRow) and row.id)
 
 
-def _plan(case: Case) -> str:
+def plan_text(case: Case) -> str:
+    """What the row did, apart from the work: equal texts are equal plans."""
     parts = [f"{name}={value}" for name, value in sorted(case.settings.items())]
     parts += [f"without {name}" for name in case.without]
     return " ".join(parts + [f"{name}: {checkpoint}" for name, checkpoint in sorted(case.replaced.items())])
@@ -43,7 +44,8 @@ def _offload(case: Case) -> str:
     return " ".join(f"{name}={value}" for name, value in sorted(case.settings.items()) if "offload" in name)
 
 
-def _job(case: Case) -> str:
+def job_text(case: Case) -> str:
+    """What the row worked on: rows of equal text can be compared."""
     inputs = " ".join(f"{name}={value}" for name, value in sorted(case.inputs.items()))
     return f"{case.model} {case.subject} {case.workload.model_dump_json(exclude_none=True)} {inputs}".strip()
 
@@ -57,7 +59,7 @@ def _result(row: Row, case: Case, prediction: Prediction) -> RowResult:
         measured=case.measured, predicted=prediction.value, low=prediction.low, high=prediction.high,
         expressed=prediction.value is not None, reason=reason if prediction.value is None else None,
         fits=prediction.fits if row.gpu else None, tolerance=case.tolerance, gpu=case.gpu,
-        plan=_plan(case), offload=_offload(case), job=_job(case),
+        plan=plan_text(case), offload=_offload(case), job=job_text(case),
     )  # fmt: skip
 
 

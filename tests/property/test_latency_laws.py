@@ -182,5 +182,5 @@ def test_shipped_shares_stay_below_the_datasheet(capability: tuple[int, int]) ->
     device = Device(name="any", kind="cuda", architecture="any", compute_capability=capability, total_bytes=1,
                     flops_per_second={"fp32": 1.0}, bandwidth_bytes_per_second=1.0, basis="assumed")  # fmt: skip
     coefficients = default_coefficients(device)
-    for name in ("matmul_share", "convolution_share", "attention_share", "cudnn_attention_share", "bandwidth_share", "vector_share"):
+    for name in ("matmul_share", "convolution_share", "attention_share", "bandwidth_share", "vector_share"):
         assert 0 < getattr(coefficients, name) <= 0.95, name
