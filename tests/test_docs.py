@@ -39,7 +39,6 @@ def cache(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.xfail(strict=False, reason="known bug: the estimated VAE decode time varies in its third figure from one process to the next")
 @pytest.mark.parametrize("path", [path for path in PAGES if "```console" in path.read_text(encoding="utf-8")], ids=lambda path: path.name)
 def test_commands_print_what_the_page_says(path: Path, cache: str) -> None:
     text = path.read_text(encoding="utf-8")

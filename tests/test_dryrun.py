@@ -245,6 +245,17 @@ def test_a_vae_is_traced_in_other_modes() -> None:
     assert len(tiled) > len(whole)
 
 
+def test_a_component_that_the_pipeline_casts_is_traced_with_the_weights_it_has_then() -> None:
+    case, pipe = family("sdxl")
+    trace = DryRun(pipe, Workload(), case.inputs(pipe)).trace("fp16", None, (VaeMode(True), VaeMode(True, 64)))
+    decode = next(index for index, call in enumerate(trace.calls) if call.name == "vae.decode")
+    whole = trace.calls[decode]
+    stored = {name: tensor.numel() * 4 for name, tensor in pipe.vae.named_parameters() if name.startswith(("decoder", "post_quant"))}
+    assert whole.param_bytes.sum() == sum(stored.values())
+    for mode in ("slice", "slice+tile=64"):  # one picture of one tile: the same work, with the fp32 weights of another cast
+        assert trace.variants[decode, mode].param_bytes.tolist() == whole.param_bytes.tolist()
+
+
 def test_a_mode_that_a_vae_refuses_is_not_offered_and_says_why() -> None:
     case, pipe = family("cogvideox")
     trace = DryRun(pipe, Workload(), case.inputs(pipe)).trace(None, None, (VaeMode(False, 0),))

@@ -62,7 +62,6 @@ class Session:
     _keys: dict[Any, int] = field(default_factory=dict)
     _integers: dict[Any, list[int]] = field(default_factory=dict)
     _weight_bytes: dict[Any, int] = field(default_factory=dict)
-    _storages: dict[Any, frozenset[int]] = field(default_factory=dict)
     _glue_seen: tuple[int, int] = (0, 0)
     _cast: set[str] = field(default_factory=set)
     _folding: bool = False
@@ -212,14 +211,12 @@ class Session:
             reason = f"{type(error).__name__}: {str(error).strip().partition(chr(10))[0][:120]}"
             logger.debug("%s runs on zeros", invocation.component, exc_info=True)
         with _real_zeros(self.modules[invocation.component]):
-            self._storages.clear()
             self.recorder.all_values = True
             try:
                 args, kwargs = convert(invocation.args, to_zeros, {}), convert(invocation.kwargs, to_zeros, {})
                 return self._record(invocation, args, kwargs, f"{invocation.component}: run on zeros on the CPU ({reason})")
             finally:
                 self.recorder.all_values = False
-                self._storages.clear()
 
     def _hybrid(self, invocation: Invocation) -> tuple[Any, CallTrace]:
         try:
@@ -319,10 +316,8 @@ class Session:
         return self._weight_bytes[key]
 
     def _storages_of(self, component: str) -> frozenset[int]:
-        key = (component, self.state_of(component))
-        if key not in self._storages:
-            self._storages[key] = frozenset(t.untyped_storage()._cdata for t in _tensors_of(self.modules[component]))
-        return self._storages[key]
+        # Asked anew for every call: a cast gives a component other storages, and freed addresses are used again.
+        return frozenset(t.untyped_storage()._cdata for t in _tensors_of(self.modules[component]))
 
 
 def _tensors_of(module: nn.Module) -> list[torch.Tensor]:
