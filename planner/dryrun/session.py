@@ -62,6 +62,7 @@ class Session:
     _keys: dict[Any, int] = field(default_factory=dict)
     _integers: dict[Any, list[int]] = field(default_factory=dict)
     _weight_bytes: dict[Any, int] = field(default_factory=dict)
+    _tables: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
     _glue_seen: tuple[int, int] = (0, 0)
     _cast: set[str] = field(default_factory=set)
     _folding: bool = False
@@ -229,10 +230,10 @@ class Session:
                 self.recorder.truth = False
 
     def _can_run_for_real(self, invocation: Invocation) -> bool:
-        module = self.modules.get(invocation.component)
-        if module is None:
+        if invocation.component not in self.modules:
             return False
-        return _bytes_of(module) <= REAL_RUN_BYTES and storage_bytes((invocation.args, invocation.kwargs)) <= REAL_RUN_BYTES
+        given = storage_bytes((invocation.args, invocation.kwargs))
+        return _total_bytes(self._tensors_of(invocation.component)) <= REAL_RUN_BYTES and given <= REAL_RUN_BYTES
 
     def _record(self, invocation: Invocation, args: Any, kwargs: Any, fallback: str | None = None) -> tuple[Any, CallTrace]:
         recorder = self.recorder
@@ -285,7 +286,7 @@ class Session:
     def _cast_bytes(self) -> int:
         """Weights that the pipeline's own code made by casting a component: they count as weights, not as held tensors."""
         self._cast |= {name for name, (state, _) in self._stored.items() if self.state_of(name) != state}
-        return sum(self.recorder.glue_bytes_of(t) for name in self._cast for t in _tensors_of(self.modules[name]))
+        return sum(self.recorder.glue_bytes_of(t) for name in self._cast for t in self._tensors_of(name))
 
     # -- components -------------------------------------------------------------------------------------------------
 
@@ -312,20 +313,24 @@ class Session:
         if key not in self._weight_bytes:
             state, stored = self._stored.get(component, (None, 0))
             same = component in self._stored and state == key[1]
-            self._weight_bytes[key] = stored if same else _bytes_of(self.modules[component])
+            self._weight_bytes[key] = stored if same else _total_bytes(self._tensors_of(component))
         return self._weight_bytes[key]
 
     def _storages_of(self, component: str) -> frozenset[int]:
         # Asked anew for every call: a cast gives a component other storages, and freed addresses are used again.
-        return frozenset(t.untyped_storage()._cdata for t in _tensors_of(self.modules[component]))
+        return frozenset(t.untyped_storage()._cdata for t in self._tensors_of(component))
+
+    def _tensors_of(self, component: str) -> list[torch.Tensor]:
+        """A component's parameters and buffers as they are now. Its modules stay the same, so they are looked for once."""
+        if component not in self._tables:
+            parts = list(self.modules[component].modules())
+            self._tables[component] = [table for part in parts for table in (part._parameters, part._buffers)]
+        found = {id(t): t for table in self._tables[component] for t in table.values() if t is not None}
+        return list(found.values())
 
 
-def _tensors_of(module: nn.Module) -> list[torch.Tensor]:
-    return [*module.parameters(), *module.buffers()]
-
-
-def _bytes_of(module: nn.Module) -> int:
-    return sum(t.numel() * t.element_size() for t in _tensors_of(module))
+def _total_bytes(tensors: list[torch.Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
 
 
 @contextlib.contextmanager
