@@ -5,6 +5,7 @@ Exit codes: 0 done, 1 nothing fits, 2 usage, 3 machine or data fault. Only typer
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from pathlib import Path
@@ -23,12 +24,21 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
+_RARELY = (50_000, 20, 20)
+"""A command is short and imports much: the collector's usual pace was a fifth of a cold ``explain`` (7.0 s to 5.8 s of CPU time)."""
+
 
 def main(arguments: list[str] | None = None) -> None:
     """Run the command line and leave with its exit code. One clear line per error; a traceback only with ``--debug``."""
     given = sys.argv[1:] if arguments is None else list(arguments)
     debug = "--debug" in given
-    sys.exit(_guarded([word for word in given if word != "--debug"], debug))
+    collected = gc.get_threshold()
+    gc.set_threshold(*_RARELY)
+    try:
+        code = _guarded([word for word in given if word != "--debug"], debug)
+    finally:
+        gc.set_threshold(*collected)
+    sys.exit(code)
 
 
 def _guarded(arguments: list[str], debug: bool) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import random
 import threading
 import warnings
@@ -49,6 +50,18 @@ def patched() -> Iterator[None]:
         finally:
             nn.Module.__call__, torch.autocast.__init__ = module_call, autocast_init
             nn.functional.scaled_dot_product_attention = attention
+
+
+@contextlib.contextmanager
+def uncollected() -> Iterator[None]:
+    """Keep the cyclic garbage collector out: it would walk the whole model again and again, and end lifetimes at random."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ import torch
 from planner.batching import share
 from planner.dryrun.inputs import call_arguments, complete_workload
 from planner.dryrun.operations import TORCH_DTYPES
+from planner.dryrun.patches import uncollected
 from planner.dryrun.session import Session
 from planner.dryrun.trace import PipelineTrace, VaeMode
 from planner.errors import PlannerError, UnsupportedPipeline
@@ -45,7 +46,10 @@ class DryRun:
             UnsupportedPipeline: the pipeline's code did not get through with these inputs; says where it stopped.
             UsageError: the workload does not fit the pipeline's call.
         """
-        batch = batch_size or self.workload.batch_size
+        with uncollected():
+            return self._traced(dtype, batch_size or self.workload.batch_size, modes)
+
+    def _traced(self, dtype: str | None, batch: int, modes: tuple[VaeMode, ...]) -> PipelineTrace:
         key = (dtype, batch)
         if key not in self._sessions:
             self._sessions[key] = self._run(dtype, batch)

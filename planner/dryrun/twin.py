@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections import OrderedDict
 from types import MethodType
 from typing import Any
 
@@ -33,8 +34,9 @@ def meta_twin(module: nn.Module) -> nn.Module:
         for name in _HOOK_ATTRIBUTES:
             _skip(part.__dict__.get(name), memo)
         for name in _HOOK_TABLES:
-            table = part.__dict__.get(name)
-            memo |= {id(hook): None for hook in (table or {}).values() if not _is_of_the_model(hook)}
+            memo |= {id(hook): None for hook in part.__dict__.get(name, {}).values() if not _is_of_the_model(hook)}
+        # Nearly all of a module's dozen tables are empty; made here, they need not go through deepcopy's reduce protocol.
+        memo |= {id(value): OrderedDict() for value in part.__dict__.values() if type(value) is OrderedDict and not value}
         _skip_foreign_forward(part, memo)
     try:
         twin = _deepcopy(module, dict(memo))
