@@ -139,8 +139,8 @@ def _simpler(space: Space, candidate: Candidate) -> Iterator[Candidate]:
 def explain_choice(space: Space, chosen: Candidate | None) -> Outcome:
     """Why ``chosen`` (None: nothing fits), from searches of the same space with one value fixed or another budget."""
     solver, limits = space.solver, space.limits
-    leanest = solver.leanest(stock_bytes=limits.stock_bytes) or solver.leanest()
-    short = None if chosen is not None or leanest is None else _shortfall(leanest, limits)
+    leanest = None if chosen is not None else solver.leanest(stock_bytes=limits.stock_bytes) or solver.leanest()
+    short = None if leanest is None else _shortfall(leanest, limits)
     alternatives, rejected = _others(space, chosen)
     hint = _what_if(space, chosen) if chosen is not None else None
     return Outcome(

@@ -86,6 +86,10 @@ class Recipes:
         """Axes that change any of these recipe fields."""
         return tuple(axis.name for axis in self.axes if self.changes[axis.name] & wanted)
 
+    def only_changing(self, allowed: frozenset[str]) -> frozenset[str]:
+        """Axes that change nothing but these recipe fields."""
+        return frozenset(axis.name for axis in self.axes if self.changes[axis.name] <= allowed)
+
     def reaching(self, role: str, component: str) -> tuple[str, ...]:
         """Axes that change the part of a recipe which reaches one component."""
         plain = localized(self.shape(self.base), role, component)

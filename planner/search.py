@@ -98,7 +98,8 @@ NO_LIMITS = Limits()
 class Problem:
     """``calls``: how often the result will be used; setting up is weighed against it. None: setting up costs nothing.
 
-    ``first``: shared axes in the order in which they are best decided; the rest follow in axis order.
+    ``first``: shared axes in the order in which they are best decided; the rest follow in axis order. ``weightless``: axes
+    that change no bytes anywhere.
     """
 
     axes: tuple[Axis, ...]
@@ -107,6 +108,7 @@ class Problem:
     stock: Stock | None = None
     calls: int | None = None
     first: tuple[str, ...] = ()
+    weightless: frozenset[str] = frozenset()
 
     def cost(self, demand: Demand) -> int:
         """Nanoseconds that the search minimises: all calls and their share of the setting up."""
@@ -273,13 +275,23 @@ class Solver:
     def _answer(self, goal: Goal, limits: Limits, fixed: Assignment) -> Candidate | None:
         key = (goal, limits, frozenset(fixed.items()))
         if key not in self._answers:
-            run = self._start(goal, limits, fixed)
+            run = self._start(goal, limits, {**self._light(fixed), **fixed} if goal == "bytes" else fixed)
             self._walk(0, {}, tuple(self._floor(place, {}) for place in range(len(self._phases))), 0, 0, run)
             if goal == "bytes" and run.best_bytes is not None:
                 self._answers[key] = self._answer("cost", Limits(run.best_bytes, limits.stock_bytes), fixed)
             else:
                 self._answers[key] = self.evaluate(run.found) if run.found is not None else None
         return self._answers[key]
+
+    def _light(self, fixed: Assignment) -> dict[str, Value]:
+        """Any allowed values of the axes that neither change bytes nor are tied to one that does: all are as lean."""
+        rules = self.problem.rules
+        tied = {name for rule in rules if not self.problem.weightless.issuperset(rule.axes) for name in rule.axes}
+        names = [axis.name for axis in self.problem.axes if axis.name in self.problem.weightless - tied]
+        own = [rule for rule in rules if set(rule.axes) <= set(names)]
+        domains = [(fixed[name],) if name in fixed else self.problem.values(name) for name in names]
+        made = (dict(zip(names, values, strict=True)) for values in product(*domains))
+        return next((each for each in made if all(rule.refuse(each) is None for rule in own)), {})
 
     def _start(self, goal: Goal, limits: Limits, fixed: Assignment) -> _Run:
         domains = {axis.name: tuple(enumerate(axis.values)) for axis in self.problem.axes}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
-from planner.cost.model import CostModel, vae_mode
+from planner.cost.model import WEIGHTLESS, CostModel, vae_mode
 from planner.dryrun.trace import VaeMode
 from planner.errors import UnsupportedPipeline, UsageError
 from planner.knobs import KNOBS, Conflict, Context, Knob, knob, normalize, parse_settings, violations
@@ -101,7 +101,7 @@ def build_space(context: Context, model: CostModel, *, fix: Settings | None = No
     recipes = Recipes(lambda chosen: recipe_of(chosen, context), axes, {axis.name: axis.values[0] for axis in axes})
     pricing = Pricing(model, recipes, calls, _modes(recipes))
     rules += _traced(pricing, recipes) + _vae_rules(pricing, recipes)
-    problem = Problem(axes, pricing.phases(), tuple(rules), pricing.stock(), calls, DECIDED_FIRST)
+    problem = Problem(axes, pricing.phases(), tuple(rules), pricing.stock(), calls, DECIDED_FIRST, recipes.only_changing(WEIGHTLESS))
     limits = Limits(budget_bytes if budget_bytes is not None else model.device.budget_bytes, host_bytes)
     return Space(context, model, Solver(problem), limits, fixed, baseline, tuple(left_out), recipes)
 

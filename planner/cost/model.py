@@ -113,6 +113,8 @@ class Cost:
 
 TIMELESS = frozenset({"fused_qkv", "cudnn_benchmark", "chunked_forward"})
 """Recipe fields that change memory but no predicted time: nothing measured tells how much they gain or cost."""
+WEIGHTLESS = frozenset({"tf32", "steps_factor", "denoiser_factor"})
+"""Recipe fields that change time but no bytes."""
 
 
 @dataclass(frozen=True, slots=True)

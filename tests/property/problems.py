@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from itertools import product
 
 from hypothesis import strategies as st
@@ -29,17 +30,28 @@ def _floored(domains: dict[str, tuple[Value, ...]], axes: tuple[str, ...], table
     return floor
 
 
+def _plain(key: tuple[Value, ...], axes: tuple[str, ...], light: frozenset[str]) -> tuple[Value, ...]:
+    """The same place with the axes that change no bytes at their first value."""
+    return tuple(0 if name in light else value for name, value in zip(axes, key, strict=True))
+
+
+def _as_heavy_as(demand: Demand, other: Demand) -> Demand:
+    return replace(demand, peak_bytes=other.peak_bytes, kept_bytes=other.kept_bytes)
+
+
 @st.composite
 def problems(draw: st.DrawFn) -> Problem:
     names = tuple("abcde"[: draw(st.integers(1, 5))])
     values = {name: tuple(range(draw(st.integers(1, 3)))) for name in names}
     some = st.lists(st.sampled_from(names), min_size=1, max_size=3, unique=True).map(lambda chosen: tuple(sorted(chosen)))
     calls = draw(st.integers(1, 3))
+    light = draw(st.frozensets(st.sampled_from(names), max_size=2))
     phases = []
     for place in range(draw(st.integers(1, 3))):
         axes = draw(some)
         demand = st.builds(Demand, SMALL, SMALL, SMALL, st.sampled_from((0, 0, 0, 1, 3)))
         table = {key: draw(demand) for key in product(*(values[name] for name in axes))}
+        table = {key: _as_heavy_as(table[key], table[_plain(key, axes, light)]) for key in table}
         floor = _floored(values, axes, table, draw(st.integers(0, 2)), calls) if draw(st.booleans()) else None
         phases.append(Phase(f"p{place}", axes, _priced(axes, table), floor, draw(st.booleans())))
     rules = []
@@ -52,9 +64,10 @@ def problems(draw: st.DrawFn) -> Problem:
     if draw(st.booleans()):
         axes = draw(some)
         amounts = {key: draw(SMALL) for key in product(*(values[name] for name in axes))}
+        amounts = {key: amounts[_plain(key, axes, light)] for key in amounts}
         stock = Stock(axes, lambda chosen: amounts[tuple(chosen[name] for name in axes)])
     first = draw(st.permutations(names))
-    return Problem(tuple(Axis(name, values[name]) for name in names), tuple(phases), tuple(rules), stock, calls, tuple(first))
+    return Problem(tuple(Axis(name, values[name]) for name in names), tuple(phases), tuple(rules), stock, calls, tuple(first), light)
 
 
 limits = st.builds(Limits, st.one_of(st.none(), st.integers(0, 8)), st.one_of(st.none(), SMALL))
