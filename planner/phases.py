@@ -207,7 +207,7 @@ class Pricing:
         return price
 
     def _calls_of(self, trace: PipelineTrace, name: str) -> tuple[int, ...]:
-        key = (id(trace), name)
+        key = (self.model.key(trace), name)
         if key not in self._indices:
             self._indices[key] = tuple(index for index, call in enumerate(trace.calls) if call.component == name)
         return self._indices[key]
@@ -249,7 +249,7 @@ class Pricing:
     def _cheapest(self, name: str, own: tuple[str, ...], recipe: Recipe, trace: PipelineTrace, indices: tuple[int, ...],
                   partial: Assignment) -> _Local:  # fmt: skip
         """The local choice of least cost among those that agree with what is decided."""
-        key = (name, id(trace), *(partial[axis] for axis in own if axis in partial), *(axis for axis in own if axis in partial),
+        key = (name, self.model.key(trace), *(partial[axis] for axis in own if axis in partial), *(axis for axis in own if axis in partial),
                tuple(sorted(recipe.weights.items())), recipe.calls)  # fmt: skip
         known = self._bests.get(key)
         if known is None:
@@ -268,7 +268,7 @@ class Pricing:
         """Every choice of a component's local axes with its time; trace and weights are as decided."""
         decided = {*self._trace_axes, *self.recipes.changing(frozenset({"weights", "only"}))}
         given = tuple(partial[axis] for axis in own if axis in decided)
-        key = (name, id(trace), given, recipe.calls)
+        key = (name, self.model.key(trace), given, recipe.calls)
         known = self._locals.get(key)
         if known is None:
             domains = {axis.name: axis.values for axis in self.recipes.axes}

@@ -12,7 +12,7 @@ from planner.cost.coefficients import Coefficients
 from planner.cost.condense import condensed
 from planner.cost.kernels import CallTime, call_time
 from planner.cost.quantized import LOADED_ON_DEVICE
-from planner.cost.residency import Residency, component_bytes, residency
+from planner.cost.residency import Known, Residency, component_bytes, residency
 from planner.cost.transfer import transfer_seconds
 from planner.cost.workspace import operator_bytes
 from planner.dryrun.trace import DTYPE_CODES, CallTrace, Ints, Kind, PipelineTrace, VaeMode
@@ -203,8 +203,15 @@ class CostModel:
     _times: dict[object, CallTime] = field(default_factory=dict)
     _roles: dict[str, str] = field(default_factory=dict)
     _residencies: dict[object, Residency] = field(default_factory=dict)
+    _known: Known = field(default_factory=Known)
+    _kept: dict[int, object] = field(default_factory=dict)
     _slim: dict[int, tuple[CallTrace, Ints]] = field(default_factory=dict)
     _helds: dict[int, tuple[list[int], list[int], int]] = field(default_factory=dict)
+
+    def key(self, thing: object) -> int:
+        """A key for a trace or a part of one. The thing is kept, or its id could be given to another."""
+        self._kept[id(thing)] = thing
+        return id(thing)
 
     def trace_for(self, recipe: Recipe) -> PipelineTrace:
         """The trace that a recipe runs: its dtype, its share of the batch, its VAE mode."""
@@ -245,7 +252,7 @@ class CostModel:
 
     def around_cost(self, trace: PipelineTrace, recipe: Recipe, placed: Residency) -> AroundCost:
         """What belongs to no component. Reads only the trace's and the offload's recipe fields, and ``steps_factor``."""
-        weights = component_bytes(self.traces.facts, trace, recipe)
+        weights = component_bytes(self.traces.facts, trace, recipe, self._known)
         return AroundCost(
             self._glue_peak(trace, placed), self._blas(trace), self._glue_seconds(trace, self._held(trace)[2], recipe),
             trace.to_host_bytes / self.coefficients.picture_bytes_per_second, self._placing_seconds(recipe, weights),
@@ -263,7 +270,7 @@ class CostModel:
         call = self.variant(trace, index, recipe)
         local = localized(recipe, self.role(call.component), call.component)
         window = placed.window[index]
-        key = (id(call), local, None if window is None else id(window))
+        key = (self.key(call), local, None if window is None else self.key(window))
         known = self._calls.get(key)
         if known is None:
             known = self._calls[key] = self._price(call, local, recipe.weights.get(call.component), window)
@@ -310,7 +317,7 @@ class CostModel:
     def _time(self, call: CallTrace, local: Local, recipe: Recipe, scheme: str | None) -> CallTime:
         """Time depends on fewer knobs than memory does, and CUDA graphs change its launch part only."""
         slim = self._condensed(call)[0]
-        key = (id(call), local.for_time(bool((slim.dtype == DTYPE_CODES["fp32"]).any())))
+        key = (self.key(call), local.for_time(bool((slim.dtype == DTYPE_CODES["fp32"]).any())))
         known = self._times.get(key)
         if known is None:
             probes = probes_for(self.probes, slim, local)
@@ -318,19 +325,19 @@ class CostModel:
         return known
 
     def _condensed(self, call: CallTrace) -> tuple[CallTrace, Ints]:
-        known = self._slim.get(id(call))
+        known = self._slim.get(self.key(call))
         if known is None:
-            known = self._slim[id(call)] = condensed(call)
+            known = self._slim[self.key(call)] = condensed(call)
         return known
 
     # -- sums over the pipeline -------------------------------------------------------------------------------------
 
     def residency(self, trace: PipelineTrace, recipe: Recipe) -> Residency:
         """The offload simulation for a recipe, shared by all recipes that place weights alike."""
-        key = (id(trace), recipe.offload, recipe.offload_stream, recipe.offload_blocks, recipe.offload_disk, recipe.resident,
+        key = (self.key(trace), recipe.offload, recipe.offload_stream, recipe.offload_blocks, recipe.offload_disk, recipe.resident,
                tuple(sorted(recipe.weights.items())), _placements(recipe))  # fmt: skip
         if key not in self._residencies:
-            self._residencies[key] = residency(self.traces.facts, trace, recipe)
+            self._residencies[key] = residency(self.traces.facts, trace, recipe, self._known)
         return self._residencies[key]
 
     def held(self, trace: PipelineTrace) -> tuple[list[int], list[int]]:
@@ -339,14 +346,14 @@ class CostModel:
 
     def _held(self, trace: PipelineTrace) -> tuple[list[int], list[int], int]:
         """Per distinct call its count and the most the pipeline holds when it starts; and all glue operations."""
-        known = self._helds.get(id(trace))
+        known = self._helds.get(self.key(trace))
         if known is None:
             counts, helds = [0] * len(trace.calls), [0] * len(trace.calls)
             for event in trace.events:
                 counts[event.call] += 1
                 helds[event.call] = max(helds[event.call], event.held_bytes)
             glue = sum(event.glue_operations for event in trace.events) + trace.tail.glue_operations
-            known = self._helds[id(trace)] = (counts, helds, glue)
+            known = self._helds[self.key(trace)] = (counts, helds, glue)
         return known
 
     def _repeat_factor(self, trace: PipelineTrace, index: int, recipe: Recipe) -> float:

@@ -39,10 +39,26 @@ class Residency:
     extra: Mapping[str, int] = field(default_factory=dict)
 
 
-def component_bytes(facts: PipelineFacts, trace: PipelineTrace, recipe: Recipe) -> dict[str, int]:
+@dataclass(slots=True)
+class Known:
+    """What was found out about single components, for one pipeline's facts: most recipes treat most components alike."""
+
+    totals: dict[object, int] = field(default_factory=dict)
+    plans: dict[object, WindowPlan] = field(default_factory=dict)
+    passages: dict[object, tuple[CallTrace, Passage]] = field(default_factory=dict)
+    """Kept with the call, so that its id stays its own."""
+
+
+def component_bytes(facts: PipelineFacts, trace: PipelineTrace, recipe: Recipe, known: Known | None = None) -> dict[str, int]:
     """Weight bytes of every component at rest, in the trace's dtype, quantized or fused as the recipe says."""
-    resting = resting_bytes(facts, trace)
-    return {part.name: _stored_total(part, resting[part.name], recipe) for part in facts.components}
+    known, resting = known or Known(), resting_bytes(facts, trace)
+    found = {}
+    for part in facts.components:
+        key = (part.name, resting[part.name], recipe.weights.get(part.name))
+        if key not in known.totals:
+            known.totals[key] = _stored_total(part, resting[part.name], recipe)
+        found[part.name] = known.totals[key]
+    return found
 
 
 def resting_bytes(facts: PipelineFacts, trace: PipelineTrace) -> dict[str, int]:
@@ -74,13 +90,17 @@ def tied_bytes(component: ComponentFacts) -> int:
     return max(sum(leaf.bytes for leaf in component.leaves) - component.weight_bytes, 0)
 
 
-def residency(facts: PipelineFacts, trace: PipelineTrace, recipe: Recipe) -> Residency:
-    """Simulate the recipe's offload strategy over the calls that the pipeline really made, in their order."""
-    sizes = component_bytes(facts, trace, recipe)
+def residency(facts: PipelineFacts, trace: PipelineTrace, recipe: Recipe, known: Known | None = None) -> Residency:
+    """Simulate the recipe's offload strategy over the calls that the pipeline really made, in their order.
+
+    ``known`` carries what was found out about single components from one recipe of this pipeline to the next.
+    """
+    known = known or Known()
+    sizes = component_bytes(facts, trace, recipe, known)
     if recipe.offload == "model":
         return _model_offload(facts, trace, sizes, {name for name, scheme in recipe.weights.items() if scheme in IMMOVABLE})
     if any(recipe.of(part.name).offload in _WINDOWED for part in facts.components):
-        return _windowed(facts, trace, recipe, sizes)
+        return _windowed(facts, trace, recipe, sizes, known)
     return _all_resident(facts, trace, sizes)
 
 
@@ -137,12 +157,16 @@ def _model_offload(facts: PipelineFacts, trace: PipelineTrace, sizes: Mapping[st
                      sum(sizes[name] for name in always), host, 0)  # fmt: skip
 
 
-def _windowed(facts: PipelineFacts, trace: PipelineTrace, recipe: Recipe, sizes: Mapping[str, int]) -> Residency:
+def _windowed(facts: PipelineFacts, trace: PipelineTrace, recipe: Recipe, sizes: Mapping[str, int], known: Known) -> Residency:
     """Sequential and group offload: what the running component holds moves with the module that runs."""
     count = len(trace.calls)
     moving = {part.name: part for part in facts.components if _moves(facts, part, recipe)}
     resting = resting_bytes(facts, trace)
-    plans = {name: window_plan(part, recipe, resting[name], name in recipe.only) for name, part in moving.items()}
+    keys = {name: _plan_key(name, recipe, resting[name]) for name in moving}
+    for name in moving:
+        if keys[name] not in known.plans:
+            known.plans[keys[name]] = window_plan(moving[name], recipe, resting[name], name in recipe.only)
+    plans = {name: known.plans[keys[name]] for name in moving}
     fixed = sum(plan.fixed_bytes for plan in plans.values())
     base = sum(size for name, size in sizes.items() if name not in moving) + fixed
     upcast = _upcast_bytes(trace, sizes)
@@ -155,7 +179,7 @@ def _windowed(facts: PipelineFacts, trace: PipelineTrace, recipe: Recipe, sizes:
             resident[index] += upcast[index]
             continue
         size = sizes[call.component]
-        passage = plan.over(call, (size + upcast[index]) / size if size else 1.0)
+        passage = _passage(plan, keys[call.component], call, (size + upcast[index]) / size if size else 1.0, known)
         windows.append(passage.window)
         times = trace.count(index)
         onload[index], moves[index] = passage.loaded_bytes * times, passage.moves * times
@@ -163,6 +187,19 @@ def _windowed(facts: PipelineFacts, trace: PipelineTrace, recipe: Recipe, sizes:
     host = sum(sizes[name] for name in moving)
     pinned = sum(plan.pinned_bytes for plan in plans.values())
     return Residency(tuple(resident), tuple(windows), tuple(onload), tuple(offload), tuple(moves), base, host + pinned, pinned)
+
+
+def _plan_key(name: str, recipe: Recipe, size: int) -> tuple[object, ...]:
+    """All that :func:`window_plan` looks at."""
+    own = recipe.of(name)
+    return name, size, own.offload, own.offload_stream, own.offload_blocks, recipe.weights.get(name), name in recipe.only
+
+
+def _passage(plan: WindowPlan, plan_key: object, call: CallTrace, scale: float, known: Known) -> Passage:
+    key = (plan_key, id(call), scale)
+    if key not in known.passages:
+        known.passages[key] = call, plan.over(call, scale)
+    return known.passages[key][1]
 
 
 def _moves(facts: PipelineFacts, component: ComponentFacts, recipe: Recipe) -> bool:
