@@ -15,7 +15,7 @@ from planner.cost.kernels import CallTime
 from planner.cost.model import TIMELESS, CostModel, localized
 from planner.cost.residency import Residency
 from planner.cost.transfer import transfer_seconds
-from planner.dryrun.trace import PipelineTrace, VaeMode
+from planner.dryrun.trace import CallTrace, PipelineTrace, VaeMode
 from planner.recipe import Recipe
 from planner.search import NOTHING, Assignment, Axis, Demand, Phase, Stock, Value
 
@@ -216,6 +216,7 @@ class Pricing:
         """The cheapest local choice that is still open, what stays resident, and what must be copied."""
         placement = {*self._trace_axes, *self._placement_axes}
         weights = set(self.recipes.changing(frozenset({"weights", "only"})))
+        vae_axes = set(self.recipes.changing(VAE)) & set(axes)
 
         def floor(partial: Assignment) -> Demand:
             if any(name not in partial for name in (*self._trace_axes, *weights)):
@@ -229,20 +230,21 @@ class Pricing:
             local = self._cheapest(name, own, recipe, trace, indices, partial)
             if any(axis not in partial for axis in placement):
                 return Demand(0, _at_most(recipe.calls * local.compute_seconds), _at_most(local.setup_seconds))
-            peak, copied = self._placed_floor(trace, indices, recipe)
+            settled = vae_axes <= partial.keys()
+            peak, copied = self._placed_floor(trace, indices, recipe, settled)
             return Demand(peak, _at_most(recipe.calls * (local.compute_seconds + copied)), _at_most(local.setup_seconds))
 
         return floor
 
-    def _placed_floor(self, trace: PipelineTrace, indices: tuple[int, ...], recipe: Recipe) -> tuple[int, float]:
-        """Bytes that any choice of local axes needs, and seconds that copies add at least."""
+    def _placed_floor(self, trace: PipelineTrace, indices: tuple[int, ...], recipe: Recipe, settled: bool) -> tuple[int, float]:
+        """Bytes that any choice of local axes needs, and seconds that copies add at least. ``settled``: the VAE's mode is known."""
         model, placed = self.model, self.model.residency(trace, recipe)
         counts, helds = model.held(trace)
         peak, copied = 0, 0.0
         for index in indices:
-            window = placed.window[index]
-            largest = int(window.max(initial=0)) if window is not None else 0
-            peak = max(peak, placed.resident_bytes[index] + helds[index] + largest)
+            variants = (model.variant(trace, index, recipe),) if settled else _variants(trace, index)
+            running = min(model.least_running_bytes(call, placed.window[index]) for call in variants)
+            peak = max(peak, placed.resident_bytes[index] + helds[index] + running)
             copied += transfer_seconds(placed, index, counts[index], NEVER, model.device, model.coefficients, recipe)
         return peak, copied
 
@@ -286,3 +288,8 @@ class Pricing:
             compute += self.model.compute_seconds(trace, index, time, recipe)
             setup += self.model.compile_seconds(trace, index, time, recipe)
         return _Local(values, compute, setup)
+
+
+def _variants(trace: PipelineTrace, index: int) -> tuple[CallTrace, ...]:
+    """A call in every mode that was traced."""
+    return (trace.calls[index], *(call for (place, _), call in trace.variants.items() if place == index))

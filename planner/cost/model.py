@@ -204,6 +204,7 @@ class CostModel:
     _roles: dict[str, str] = field(default_factory=dict)
     _residencies: dict[object, Residency] = field(default_factory=dict)
     _known: Known = field(default_factory=Known)
+    _least: dict[object, int] = field(default_factory=dict)
     _kept: dict[int, object] = field(default_factory=dict)
     _slim: dict[int, tuple[CallTrace, Ints]] = field(default_factory=dict)
     _helds: dict[int, tuple[list[int], list[int], int]] = field(default_factory=dict)
@@ -262,6 +263,7 @@ class CostModel:
         """Drop shared evaluations, after a correction changed."""
         self._calls.clear()
         self._times.clear()
+        self._least.clear()
 
     # -- one component call -----------------------------------------------------------------------------------------
 
@@ -302,17 +304,23 @@ class CostModel:
         time = self._time(call, local, recipe, scheme)
         if not len(call):
             return CallCost(0, 0, 0, 0, time)
-        live = np.minimum(call.fused_live_bytes, call.live_bytes) if local.fused else call.live_bytes
+        live = _live_bytes(call, local.fused)
         slim, which = self._condensed(call)
         workspace = operator_bytes(slim, self.device, recipe, None if local.fused else scheme)[which]
         if local.cudnn_benchmark and not local.settled and self.device.kind == "cuda":
             workspace = workspace + (call.kind == Kind.CONVOLUTION) * (call.read_bytes + call.write_bytes)
-        moving = window if window is not None else np.zeros(len(call), dtype=np.int64)
-        if len(moving) != len(call):  # another VAE mode has other operations; the largest unit bounds its window
-            moving = np.full(len(call), int(moving.max(initial=0)), dtype=np.int64)
+        moving = _moving_bytes(call, window)
         total = ((live + workspace) * self.memory_scale).astype(np.int64) + moving
         at = int(total.argmax())
         return CallCost(int(total[at]), int(live[at] * self.memory_scale), int(workspace[at] * self.memory_scale), int(moving[at]), time)
+
+    def least_running_bytes(self, call: CallTrace, window: Ints | None) -> int:
+        """At most what :meth:`call_cost` says of the call's peak, whatever the local knobs: activations and moving weights alone."""
+        key = (self.key(call), None if window is None else self.key(window))
+        if key not in self._least:
+            live = (_live_bytes(call, True) * self.memory_scale).astype(np.int64)
+            self._least[key] = int((live + _moving_bytes(call, window)).max(initial=0))
+        return self._least[key]
 
     def _time(self, call: CallTrace, local: Local, recipe: Recipe, scheme: str | None) -> CallTime:
         """Time depends on fewer knobs than memory does, and CUDA graphs change its launch part only."""
@@ -440,3 +448,14 @@ def vae_mode(recipe: Recipe) -> VaeMode | None:
     if not recipe.vae_slicing and not recipe.vae_tiling:
         return None
     return VaeMode(slicing=bool(recipe.vae_slicing), tile_pixels=(recipe.vae_tile_pixels or 0) if recipe.vae_tiling else None)
+
+
+def _live_bytes(call: CallTrace, fused: bool) -> Ints:
+    return np.minimum(call.fused_live_bytes, call.live_bytes) if fused else call.live_bytes
+
+
+def _moving_bytes(call: CallTrace, window: Ints | None) -> Ints:
+    """Moving weights per operation. Another VAE mode has other operations; there the largest unit bounds its window."""
+    if window is None:
+        return np.zeros(len(call), dtype=np.int64)
+    return window if len(window) == len(call) else np.full(len(call), int(window.max(initial=0)), dtype=np.int64)
