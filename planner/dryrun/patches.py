@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import random
+import sys
 import threading
 import warnings
 from collections.abc import Iterator
@@ -46,10 +47,16 @@ def patched() -> Iterator[None]:
         nn.Module.__call__, torch.autocast.__init__ = call, init
         nn.functional.scaled_dot_product_attention = whole_attention
         try:
-            yield
+            with _uncompiled():
+                yield
         finally:
             nn.Module.__call__, torch.autocast.__init__ = module_call, autocast_init
             nn.functional.scaled_dot_product_attention = attention
+
+
+def _uncompiled() -> Any:
+    """Compiled functions, such as ``flex_attention``'s own, run as they are written. Nothing to do where no compiler is loaded."""
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext()
 
 
 @contextlib.contextmanager

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch._ops import HigherOrderOperator
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from planner.dryrun import operations
@@ -207,7 +208,11 @@ class Recorder(TorchDispatchMode):  # type: ignore[misc]
 
     # -- dispatch ---------------------------------------------------------------------------------------------------
 
+    supports_higher_order_operators = True
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if isinstance(func, HigherOrderOperator):
+            return self._run_higher_order(func, args, kwargs or {})
         kwargs = self._placed(func, args, kwargs) if kwargs and kwargs.get("device") is not None else kwargs or {}
         tensors = tensors_in(args, kwargs)
         if any(tensor.device.type == "meta" for tensor in tensors) or self._is_table(func, kwargs, tensors):
@@ -215,6 +220,19 @@ class Recorder(TorchDispatchMode):  # type: ignore[misc]
         out = func(*args, **kwargs)
         self._note(func, args, kwargs, tensors, out)
         return out
+
+    def _run_higher_order(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """An operation on functions. ``flex_attention`` is one attention, of all pairs; any other runs on values only."""
+        if func.name() == "flex_attention":
+            query, key, value = args[:3]
+            self.frame.fallbacks.add("flex_attention: counted as attention of all pairs, its mask left out")
+            out = self.attention(query, key, value, None)
+            statistics = [torch.zeros(query.shape[:-1], dtype=torch.float32, device=out.device) for _ in range(2)]
+            return (out, *statistics)
+        if any(tensor.device.type == "meta" for tensor in tensors_in(args, kwargs)):
+            raise NotImplementedError(f"{func.name()} has no rule for meta tensors")
+        with no_modes():
+            return func(*args, **kwargs)
 
     def _is_table(self, func: Any, kwargs: Any, tensors: list[torch.Tensor]) -> bool:
         """Large real numbers made of values (position tables): from here on only their shape matters, arithmetic is saved."""
