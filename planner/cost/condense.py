@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, Concatenate, ParamSpec, TypeVar
+from weakref import WeakKeyDictionary
+
 import numpy as np
 
 from planner.dryrun.trace import CallTrace, Ints
@@ -10,6 +14,39 @@ POSITIONAL = ("live_bytes", "new_bytes", "fused_live_bytes", "module", "times")
 """Columns that say where or how often an operation runs, not what it is. All but ``times`` are zero in a condensed call."""
 _WEIGHTS = np.random.default_rng(0).random(64)
 """Equal rows have equal weighted sums; the rest is checked."""
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+class _Same:
+    """An argument known by being the very same object; kept, so that no other gets its id."""
+
+    __slots__ = ("thing",)
+
+    def __init__(self, thing: object) -> None:
+        self.thing = thing
+
+    def __hash__(self) -> int:
+        return id(self.thing)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and self.thing is other.thing
+
+
+def per_call(function: Callable[Concatenate[CallTrace, P], R]) -> Callable[Concatenate[CallTrace, P], R]:
+    """Compute a pure function of a call once for each set of further arguments; what it returns is only read."""
+    known: WeakKeyDictionary[CallTrace, dict[Any, R]] = WeakKeyDictionary()
+
+    def remembering(call: CallTrace, /, *args: P.args, **kwargs: P.kwargs) -> R:
+        table = known.setdefault(call, {})
+        key = tuple(item if isinstance(item, str | int | float | tuple | None) else _Same(item) for item in (*args, *kwargs.items()))
+        found = table.get(key)
+        if found is None:
+            found = table[key] = function(call, *args, **kwargs)
+        return found
+
+    return remembering
 
 
 def condensed(call: CallTrace) -> tuple[CallTrace, Ints]:

@@ -6,13 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 
 from planner.cost.coefficients import Coefficients
-from planner.cost.condense import repeats
+from planner.cost.condense import per_call, repeats
 from planner.cost.dequantize import extra_launches, product_peak, product_seconds, serial_seconds, weight_traffic
 from planner.cost.workspace import attention_bytes, attention_kernel, convolution_bytes, dtype_bytes, group_norms, normalization_bytes
 from planner.dryrun.trace import DTYPES, CallTrace, Floats, Kind
-from planner.recipe import Recipe
+from planner.recipe import Attention, Recipe
 from planner.types import Bound, Device
 
 TILE_M, TILE_N = 128, 128
@@ -73,9 +74,17 @@ def call_time(call: CallTrace, device: Device, coefficients: Coefficients, recip
 def moving_seconds(call: CallTrace, device: Device, coefficients: Coefficients, recipe: Recipe, scheme: str | None = None,
                    fused: bool = False) -> tuple[Floats, Floats]:  # fmt: skip
     """Per operation: seconds that its own kernel needs for its bytes, and seconds of the kernels around it."""
+    return _moving_seconds(call, device, coefficients, recipe.attention, recipe.channels_last,
+                           recipe.cudnn_benchmark, recipe.settled, scheme, fused)  # fmt: skip
+
+
+@per_call
+def _moving_seconds(call: CallTrace, device: Device, coefficients: Coefficients, attention: Attention, channels_last: bool,
+                    cudnn_benchmark: bool, settled: bool, scheme: str | None, fused: bool) -> tuple[Floats, Floats]:  # fmt: skip
+    recipe = Recipe(attention=attention, channels_last=channels_last, cudnn_benchmark=cudnn_benchmark, settled=settled)
     streaming = device.bandwidth_bytes_per_second * coefficients.bandwidth_share
     issuing = pointwise_rate(call, device, coefficients)
-    memory = direct_bytes(call, scheme, fused) / np.where(np.isin(call.kind, HEAVY), streaming, issuing)
+    memory = direct_bytes(call, scheme, fused) / np.where(_heavy(call), streaming, issuing)
     serial = score_bytes(call, device, recipe) / streaming
     if not fused:  # a compiler folds layout copies into its neighbours
         serial = serial + layout_bytes(call, device, recipe) / issuing
@@ -139,6 +148,13 @@ def peak_flops(call: CallTrace, device: Device, coefficients: Coefficients, reci
 def compute_seconds(call: CallTrace, device: Device, coefficients: Coefficients, recipe: Recipe, scheme: str | None,
                     fused: bool = False) -> Floats:  # fmt: skip
     """FLOPs over the reachable rate; zero for operations that only move bytes."""
+    return _compute_seconds(call, device, coefficients, recipe.attention, recipe.tf32, scheme, fused)
+
+
+@per_call
+def _compute_seconds(call: CallTrace, device: Device, coefficients: Coefficients, attention: Attention, tf32: bool, scheme: str | None,
+                     fused: bool) -> Floats:  # fmt: skip
+    recipe = Recipe(attention=attention, tf32=tf32)
     kind, peaks = call.kind, peak_flops(call, device, coefficients, recipe, scheme)
     share = np.ones(len(call))
     share = np.where(kind == Kind.MATMUL, coefficients.matmul_share, share)
@@ -146,20 +162,23 @@ def compute_seconds(call: CallTrace, device: Device, coefficients: Coefficients,
     share = np.where(kind == Kind.ATTENTION, _attention_shares(call, device, coefficients, recipe), share)
     rate, single = share * peaks, device.flops_per_second.get("fp32")
     if coefficients.vector_share is not None and single is not None:
-        rate = np.where(np.isin(kind, HEAVY), np.maximum(rate, coefficients.vector_share * np.minimum(peaks, single)), rate)
-    seconds = call.flops / (rate * fill(call, device))
+        rate = np.where(_heavy(call), np.maximum(rate, coefficients.vector_share * np.minimum(peaks, single)), rate)
+    seconds = call.flops / (rate * fill(call, device.sm_count or ASSUMED_SM_COUNT) if device.kind == "cuda" else rate)
     slow = None if fused else product_seconds(call, scheme, device.flops_per_second)
     return np.asarray(seconds if slow is None else np.maximum(seconds, slow), dtype=np.float64)
 
 
-def fill(call: CallTrace, device: Device) -> Floats:
-    """Share of the multiprocessors that a product keeps busy: partial tiles and the last, partly filled wave.
+@per_call
+def _heavy(call: CallTrace) -> NDArray[np.bool_]:
+    return np.isin(call.kind, HEAVY)
 
-    CUDA only; a matmul of (m, n, k) runs as ceil(m/128) x ceil(n/128) tiles, a convolution as the matmul it is equal to.
+
+@per_call
+def fill(call: CallTrace, processors: int) -> Floats:
+    """Share of the multiprocessors of a CUDA device that a product keeps busy: partial tiles and the last, partly filled wave.
+
+    A matmul of (m, n, k) runs as ceil(m/128) x ceil(n/128) tiles, a convolution as the matmul it is equal to.
     """
-    out = np.ones(len(call))
-    if device.kind != "cuda":
-        return out
     dims = call.dims.astype(np.float64)
     matmul, convolution, attention = (call.kind == kind for kind in (Kind.MATMUL, Kind.CONVOLUTION, Kind.ATTENTION))
     batch = np.where(matmul, dims[:, 0], np.where(convolution, np.maximum(dims[:, 5], 1), dims[:, 0] * dims[:, 1]))
@@ -169,12 +188,11 @@ def fill(call: CallTrace, device: Device) -> Floats:
     rows, columns = np.maximum(rows, 1), np.maximum(columns, 1)
     tiles_m, tiles_n = np.ceil(rows / TILE_M), np.where(attention, 1, np.ceil(columns / TILE_N))
     tiles = np.maximum(batch, 1) * tiles_m * tiles_n
-    processors = device.sm_count or ASSUMED_SM_COUNT
     waves = np.ceil(tiles / processors)
     wave_fill = tiles / (waves * processors)
     tile_fill = np.maximum(rows / (tiles_m * TILE_M), 0.25) * np.where(attention, 1, np.maximum(columns / (tiles_n * TILE_N), 0.25))
     # Libraries choose smaller tiles or split the inner dimension when a product is small: half of the loss is avoided.
-    return np.where(heavy, np.sqrt(np.clip(wave_fill * tile_fill, 0.02, 1.0)), out)
+    return np.where(heavy, np.sqrt(np.clip(wave_fill * tile_fill, 0.02, 1.0)), 1.0)
 
 
 def _attention_shares(call: CallTrace, device: Device, coefficients: Coefficients, recipe: Recipe) -> Floats:
@@ -188,6 +206,7 @@ def _attention_shares(call: CallTrace, device: Device, coefficients: Coefficient
     return np.where(np.isin(kernels, SCORES), coefficients.matmul_share * SCORE_PRODUCT_SHARE, fused)
 
 
+@per_call
 def direct_bytes(call: CallTrace, scheme: str | None, fused: bool) -> Floats:
     """Bytes that each operation's own kernel reads and writes. Group norm reads its input twice: statistics, then values."""
     moved = (call.fused_read_bytes + call.fused_write_bytes if fused else call.read_bytes + call.write_bytes).astype(np.float64)
@@ -201,9 +220,15 @@ def layout_bytes(call: CallTrace, device: Device, recipe: Recipe) -> Floats:
     return np.asarray(2.0 * (convolution_bytes(call, device, recipe) + normalization_bytes(call, device, recipe)))
 
 
-def score_attention(call: CallTrace, device: Device, recipe: Recipe) -> Floats:
-    """1 where an attention is two products and a softmax with a kernel each."""
-    return np.asarray(np.isin(np.array(attention_kernel(call, device, recipe)), SCORES) & (call.kind == Kind.ATTENTION))
+def score_attention(call: CallTrace, device: Device, recipe: Recipe) -> NDArray[np.bool_]:
+    """True where an attention is two products and a softmax with a kernel each."""
+    return _score_attention(call, device, recipe.attention)
+
+
+@per_call
+def _score_attention(call: CallTrace, device: Device, attention: Attention) -> NDArray[np.bool_]:
+    kernels = np.array(attention_kernel(call, device, Recipe(attention=attention)))
+    return np.asarray(np.isin(kernels, SCORES) & (call.kind == Kind.ATTENTION))
 
 
 def score_bytes(call: CallTrace, device: Device, recipe: Recipe) -> Floats:
