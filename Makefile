@@ -11,9 +11,6 @@ SOURCES := pyproject.toml constraints.txt setup.py
 TEST_ENVIRONMENT := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 HF_HUB_OFFLINE=1
 JOBS ?= 2
 
-# These count every byte on the simulated device, so no other test may have left one there.
-ALONE := tests/test_recovery.py tests/test_gpu_campaign.py
-
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint types pytest docs clean
 
@@ -55,8 +52,7 @@ types: $(VENV)/.installed-test
 	$(BIN)/mypy
 
 pytest: $(VENV)/.installed-test
-	$(TEST_ENVIRONMENT) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile $(addprefix --ignore=,$(ALONE))
-	set -e; for file in $(ALONE); do $(TEST_ENVIRONMENT) $(BIN)/python -m pytest -q $$file; done
+	$(TEST_ENVIRONMENT) $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 docs: $(VENV)/.installed-test
 	$(BIN)/python docs/generate.py

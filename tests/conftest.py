@@ -6,7 +6,7 @@ import shutil
 import sys
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,27 @@ def process_as_before() -> Iterator[None]:
     yield
     after = _switches()
     assert {name: after[name] for name in before} == before
+
+
+FAILED = pytest.StashKey[bool]()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    report = yield
+    item.stash[FAILED] = item.stash.get(FAILED, False) or report.failed
+    return report
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_on_the_simulated_device(request: pytest.FixtureRequest) -> Iterator[None]:
+    """A test leaves the simulated device empty. (A failed one may not: its traceback holds what its frames held.)"""
+    yield
+    simulator = sys.modules.get("tests.sim")
+    if simulator is not None and simulator.loaded():
+        if not request.node.stash.get(FAILED, False):
+            assert simulator.left_behind() == (0, 0), "bytes on the device and bytes pinned on the host"
+        simulator.memory.forget()  # what diffusers keeps is not the next test's
 
 
 def _switches() -> dict[str, Any]:

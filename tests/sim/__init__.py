@@ -14,14 +14,15 @@ import torch
 from torch.utils import backend_registration
 
 from . import tensor
+from .leftovers import left_behind
 from .memory import ALLOCATION, BLOCK_BYTES, COPY, Fault, Memory, out_of_memory, rounded_bytes
 from .module import SimModule
 from .phases import Phase, mark_weights, phases
 from .tensor import SimTensor, memory
 
 __all__ = [
-    "ALLOCATION", "BLOCK_BYTES", "COPY", "DEVICE_NAME", "Fault", "Memory", "Phase", "SimTensor", "active", "load",
-    "loaded", "mark_weights", "memory", "out_of_memory", "phases", "rounded_bytes",
+    "ALLOCATION", "BLOCK_BYTES", "COPY", "DEVICE_NAME", "Fault", "Memory", "Phase", "SimTensor", "active", "left_behind",
+    "load", "loaded", "mark_weights", "memory", "out_of_memory", "phases", "rounded_bytes",
 ]  # fmt: skip
 
 DEVICE_NAME = "sim"
@@ -46,18 +47,17 @@ def load() -> torch.device:
         ours.impl("_local_scalar_dense", lambda *args: tensor.dispatch(item, args, {}), "PrivateUse1")
         _libraries.extend((everything, ours))
         gc.collect()
-        gc.freeze()  # active() collects each time, and need not look at all of torch again
+        gc.freeze()  # left_behind() collects after most tests, and need not look at all of torch again
     assert tensor.DEVICE is not None
     return tensor.DEVICE
 
 
 @contextmanager
 def active(total_bytes: int = 1 << 50) -> Iterator[Memory]:
-    """Use the device in the block, with this much memory and fresh counters. What is garbage on it is freed first."""
+    """Use the device in the block, with this much memory, empty, counters at zero. What is on it already is not counted."""
     load()
-    gc.collect()
+    memory.forget()
     memory.total_bytes, memory.other_process_bytes = total_bytes, 0
-    memory.reset()
     tensor.install_patches()
     try:
         yield memory

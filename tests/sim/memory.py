@@ -39,6 +39,10 @@ class Tags:
         found = self._numbers.get(tensor.untyped_storage()._cdata)
         return None if found is None else found[0]
 
+    def forget(self) -> None:
+        """Drop every number; `dropped` is called for none of them, now or later."""
+        self._numbers.clear()  # and with them the weak references that would call back
+
     def __contains__(self, tensor: torch.Tensor) -> bool:
         return tensor.untyped_storage()._cdata in self._numbers
 
@@ -92,6 +96,14 @@ class Memory:
         self.peak_bytes = self.reserved_bytes = self.used_bytes
         self.peak_weight_bytes = self.weight_bytes
         self.h2d_bytes = self.d2h_bytes = self.allocations = self.copies = 0
+        self.weight_h2d_bytes = self.weight_d2h_bytes = 0
+
+    def forget(self) -> None:
+        """An empty device: what lives on it now is not counted any more, also not when it is freed. Counts from zero."""
+        for tags in (self._sizes, self._resident_weights, self._known_weights, self._pinned):
+            tags.forget()
+        self.used_bytes = self.weight_bytes = self.pinned_bytes = 0
+        self.reset()
 
     def reset_peak(self) -> None:
         self.peak_bytes, self.peak_weight_bytes = self.used_bytes, self.weight_bytes
@@ -119,6 +131,10 @@ class Memory:
         self.peak_bytes = max(self.peak_bytes, self.used_bytes)
         self.reserved_bytes = max(self.reserved_bytes, self.used_bytes)
 
+    def bytes_of(self, raw: torch.Tensor) -> int:
+        """What the storage behind a tensor counts for; 0 where it is not counted."""
+        return self._sizes.get(raw) or 0
+
     def _release(self, size_bytes: int) -> None:
         self.used_bytes -= size_bytes
 
@@ -134,6 +150,10 @@ class Memory:
             self.d2h_bytes += target.nbytes
         if source in self._known_weights:
             self.mark_weight(target)
+            if to_device:
+                self.weight_h2d_bytes += target.nbytes
+            else:
+                self.weight_d2h_bytes += target.nbytes
 
     def before_copy(self) -> None:
         self.copies += 1

@@ -48,7 +48,9 @@ def weight_tensors(module: torch.nn.Module) -> Iterator[torch.Tensor]:
             yield from getattr(stored, "state_dict", stored).values()
         registry = getattr(part, "_diffusers_hook", None)
         for hook in (registry.hooks if registry is not None else {}).values():
-            yield from getattr(getattr(hook, "group", None), "cpu_param_dict", {}).values()
+            group = getattr(hook, "group", None)
+            for tensors in (getattr(group, "cpu_param_dict", {}).values(), getattr(group, "parameters", ()), getattr(group, "buffers", ())):
+                yield from tensors
 
 
 def mark_weights(pipe: Any) -> None:

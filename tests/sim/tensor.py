@@ -87,6 +87,10 @@ def _unwrap(value: Any) -> Any:
     return value
 
 
+_modules_moving: list[Any] = []
+"""Modules in the middle of `Module.to()` and its like."""
+
+
 def _to_copy(args: Any, kwargs: Any) -> Any:
     """`aten::_to_copy` of a tensor that is on the device: to the host, to meta, or staying with another dtype."""
     source = args[0]
@@ -107,8 +111,8 @@ def _to_copy(args: Any, kwargs: Any) -> Any:
 
 
 def _like_source(source: SimTensor, made: SimTensor) -> SimTensor:
-    """A weight cast on the device is still a weight."""
-    if memory.is_weight(source.raw):
+    """A weight that its module casts on the device is still a weight; one that a call casts for itself is its activation."""
+    if _modules_moving and memory.is_weight(source.raw):
         memory.mark_weight(made.raw)
     return made
 
@@ -175,7 +179,6 @@ def dispatch(func: Any, args: Any, kwargs: Any) -> Any:
 
 _get_data, _set_data = torch._C.TensorBase.data.__get__, torch._C.TensorBase.data.__set__
 _may_set_data = torch._has_compatible_shallow_copy_type
-_original_data = torch._C.TensorBase.data
 
 
 def _set(self: torch.Tensor, value: torch.Tensor) -> None:
@@ -220,6 +223,17 @@ def _is_pinned(self: torch.Tensor, *args: Any, **kwargs: Any) -> bool:
     return not isinstance(self, SimTensor) and memory.is_pinned(self)
 
 
+_original_apply = torch.nn.Module._apply
+
+
+def _apply(self: torch.nn.Module, *args: Any, **kwargs: Any) -> torch.nn.Module:
+    _modules_moving.append(self)
+    try:
+        return _original_apply(self, *args, **kwargs)
+    finally:
+        _modules_moving.pop()
+
+
 _attention = torch.nn.functional.scaled_dot_product_attention
 
 
@@ -237,10 +251,12 @@ def install_patches() -> None:
     torch.Tensor.data = property(lambda self: _get_data(self), _set)
     torch.Tensor.pin_memory, torch.Tensor.is_pinned = _pin_memory, _is_pinned
     torch._has_compatible_shallow_copy_type = _compatible
+    torch.nn.Module._apply = _apply
 
 
 def remove_patches() -> None:
     for name in ("data", "pin_memory", "is_pinned"):
         delattr(torch.Tensor, name)  # what torch._C.TensorBase defines shows again
     torch._has_compatible_shallow_copy_type = _may_set_data
+    torch.nn.Module._apply = _original_apply
     torch.nn.functional.scaled_dot_product_attention = _attention
