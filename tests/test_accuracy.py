@@ -6,8 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from planner.cost.quantized import leaf_bytes
+from planner.facts import ComponentFacts, Leaf
 from planner.validate import Case, express, read_table
 from planner.validate.counters import read_counter
+from planner.validate.history import layers_reached
 from planner.validate.predict import Predictor, card, predictor, quantized
 
 TABLE = Path(__file__).parent.parent / "calibration/published/published.csv"
@@ -54,11 +57,35 @@ def test_component_settings_reach_that_component_only() -> None:
     assert (recipe.offload, recipe.of("transformer").offload, recipe.of("vae").offload) == ("none", "group_leaf", "none")
 
 
+def test_libraries_reach_other_layers_than_they_did() -> None:
+    leaves = tuple(Leaf(path=path, class_name="Linear", bytes=100, linear_weight_bytes=100) for path in ("block.0.wi", "block.0.wo"))
+    t5 = ComponentFacts(name="text_encoder_2", class_name="T5EncoderModel", library="transformers", role="text_encoder", dtype="bf16",
+                        parameters=100, weight_bytes=200, leaves=leaves, keep_in_fp32=("wo",))  # fmt: skip
+    known = cases()
+
+    def stored(row: str, scheme: str) -> list[int]:
+        reached = layers_reached(known[row])
+        return leaf_bytes(t5 if reached is None else reached(t5), scheme)
+
+    assert stored("tao-cogmem-002", "int8wo") == [50, 50], "torchao.quantize_ on the whole model, 2024"
+    assert stored("dquant-009", "int8wo") == [50, 100], "quantized while loading, 2025"
+    assert stored("quanto-013", "quanto_int8") == [50, 50]
+    assert stored("dquant-015", "quanto_int8") == [50, 100]
+
+
+@pytest.mark.slow
+def test_holes_between_blocks_decide_what_runs_on_a_card() -> None:
+    """Stable Diffusion, 16 pictures on a T4: published as running; with a ControlNet or CUDA graphs out of memory after two calls."""
+    table = {row.number: express(row) for row in read_table(TABLE.with_name("torch2_table.csv"))}
+    assert {number: predictor()(table[number]).fits for number in (123, 131, 125, 135)} == {123: True, 131: True, 125: False, 135: False}
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize(("row", "within"), [
     ("tao-flux-001", 0.01), ("tao-flux-025", 0.01), ("tao-flux-049", 0.01), ("tao-flux-069", 0.01), ("tao-flux-051", 0.01),
     ("onediff-006", 0.03), ("onediff-012", 0.03), ("onediff-021", 0.03), ("pr11682-004", 0.03), ("pr11682-006", 0.03),
-    ("pr11682-008", 0.03), ("dquant-003", 0.06), ("dquant-025", 0.06), ("smopt-002", 0.03), ("quanto-009", 0.03),
+    ("pr11682-008", 0.03), ("dquant-001", 0.02), ("dquant-003", 0.02),
+    ("dquant-009", 0.02), ("dquant-025", 0.02), ("dquant-027", 0.03), ("dquant-029", 0.03), ("smopt-002", 0.03), ("quanto-009", 0.03),
 ])  # fmt: skip
 def test_published_memory(row: str, within: float) -> None:
     case = cases()[row]

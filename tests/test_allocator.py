@@ -62,6 +62,18 @@ def test_a_full_device_is_asked_for_no_more_while_the_cache_can_give() -> None:
     assert allocator.peak_reserved_bytes == 50 * MIB
 
 
+def test_what_a_device_lacks_is_counted_once_the_cache_is_empty() -> None:
+    allocator = CachingAllocator(limit_bytes=64 * MIB)
+    first, second = allocator.allocate(16 * MIB), allocator.allocate(32 * MIB)
+    assert allocator.short_bytes == 0
+    allocator.free(first)
+    allocator.allocate(20 * MIB)  # the hole of 16 MiB is given back first
+    assert allocator.short_bytes == 0
+    allocator.allocate(16 * MIB)
+    assert allocator.short_bytes == 4 * MIB
+    allocator.free(second)
+
+
 @given(st.lists(st.tuples(st.integers(1, 64 * MIB), st.booleans()), max_size=60))
 def test_reserved_covers_allocated_and_everything_comes_back(steps: list[tuple[int, bool]]) -> None:
     allocator, live = CachingAllocator(), []

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from planner.cost.quantized import leaf_bytes
+from planner.cost.reserved import _tensors
 from planner.cost.workspace import attention_bytes, convolution_bytes
 from planner.dryrun.trace import DTYPE_CODES, CallTrace, Kind
 from planner.facts import ComponentFacts, Leaf
@@ -46,12 +47,12 @@ H100, T4 = gpu("H100"), gpu("T4")
 ])  # fmt: skip
 def test_layout_copies_of_16_bit_convolutions(images: int, channels: int, out: int, copied_mib: int) -> None:
     call = convolution(images, channels, out, 1024, "bf16", 2)
-    assert convolution_bytes(call, H100, Recipe()).tolist() == [copied_mib * MIB]
+    assert convolution_bytes(call, H100, Recipe()).tolist() == [copied_mib * MIB + channels * out * 9 * 2], "and the weight's copy"
 
 
 def test_tf32_convolutions_copy_their_input_only_and_plain_fp32_nothing() -> None:
     call = convolution(1, 256, 256, 1024, "fp32", 4)
-    assert convolution_bytes(call, H100, Recipe()).tolist() == [1024 * MIB]
+    assert convolution_bytes(call, H100, Recipe()).tolist() == [1024 * MIB + 256 * 256 * 9 * 4]
     assert convolution_bytes(call, T4, Recipe()).tolist() == [0], "Turing has no TF32"
 
 
@@ -90,13 +91,21 @@ def test_stored_bytes_by_scheme() -> None:
     assert leaf_bytes(plain, "fp8_layerwise") == [2000, 1200, 6400, 2000], "norms and embeddings are left alone"
 
 
-def test_bitsandbytes_keeps_what_the_model_keeps_in_fp32() -> None:
+def test_what_the_model_keeps_in_fp32_is_not_quantized() -> None:
     kept = component(keep_in_fp32=("wo",))
     assert leaf_bytes(kept, "nf4")[3] == 8000
     assert leaf_bytes(kept, "llm_int8")[3] == 8000
-    assert leaf_bytes(kept, "int8wo")[3] == 2000
+    assert leaf_bytes(kept, "int8wo")[3] == 4000, "torchao's filter passes it by"
+    assert leaf_bytes(kept, "quanto_int8")[3] == 2000
     half = component("fp16", keep_in_fp32=("wo",))  # loading in fp16 keeps it, so the facts already count 4 bytes each
-    assert leaf_bytes(half, "int8wo")[3] == 1000
+    assert leaf_bytes(half, "int8wo")[3] == 4000
+    assert leaf_bytes(half, "quanto_int8")[3] == 1000
+
+
+def test_a_bias_is_a_tensor_of_its_own_and_a_shared_tensor_comes_once() -> None:
+    assert list(_tensors(component(), "int8wo", 1.0)) == [(2000, 2000), (200, 200), (1000, 500), (12800, 6400), (4000, 2000)]
+    tied = component().model_copy(update={"weight_bytes": 18000})  # two of the leaves hold the same 2000 bytes
+    assert next(_tensors(tied, None, 1.0)) == (200, 200)
 
 
 def test_weights_that_are_quantized_already_stay_as_they_are() -> None:

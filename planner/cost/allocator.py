@@ -63,6 +63,8 @@ class CachingAllocator:
     peak_reserved_bytes: int = 0
     limit_bytes: int | None = None
     """What the device can give; before a segment would pass it, cached segments without a block in use are given back."""
+    short_bytes: int = 0
+    """The most that a segment passed the limit by although nothing cached was left: there torch raises an out-of-memory error."""
     _small: _Pool = field(default_factory=_Pool)
     _large: _Pool = field(default_factory=_Pool)
     _segments: int = 0
@@ -109,6 +111,7 @@ class CachingAllocator:
             whole = -(-size // ROUND_LARGE) * ROUND_LARGE
         if self.limit_bytes is not None and self.reserved_bytes + whole > self.limit_bytes:
             self.empty_cache()
+            self.short_bytes = max(self.short_bytes, self.reserved_bytes + whole - self.limit_bytes)
         self._segments += 1
         self.reserved_bytes += whole
         self.peak_reserved_bytes = max(self.peak_reserved_bytes, self.reserved_bytes)

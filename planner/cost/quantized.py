@@ -36,6 +36,10 @@ STORED_BYTES: dict[str, float] = {
     "gguf_bf16": 2.0,
     "gguf_f16": 2.0,
 }
+KEPT_ALONE = frozenset({"int8wo", "int8dq", "int8dq_2024", "int4wo", "fp8wo", "fp8dq"})
+"""torchao schemes: applying them, and loading with them, leaves modules alone that the class keeps in fp32 (T5's ``wo``).
+Source: planner.knobs.live_quantization; transformers quantizers/base.py, ``get_modules_to_not_convert``. After loading
+FLUX.1-dev in int8 that is 17.0 GiB instead of 16.0; 17.02 was published (blog diffusers-quantization)."""
 LAYERWISE_SKIPS = ("pos_embed", "patch_embed", "norm", "^proj_in$", "^proj_out$")
 """diffusers hooks/layerwise_casting.py, DEFAULT_SKIP_MODULES_PATTERN."""
 LAYERWISE_CLASSES = ("Linear", "Conv1d", "Conv2d", "Conv3d", "ConvTranspose1d", "ConvTranspose2d", "ConvTranspose3d")
@@ -61,7 +65,7 @@ def _stored(component: ComponentFacts, leaf: Leaf, scheme: str, scale: float) ->
         casts = leaf.class_name in LAYERWISE_CLASSES and not skipped
         return round(leaf.bytes / each if casts else leaf.bytes * scale)
     elements = leaf.linear_weight_bytes / each
-    if not elements or leaf.path.endswith("lm_head"):
+    if not elements or leaf.path.endswith("lm_head") or (kept_in_fp32 and scheme in KEPT_ALONE):
         return round(leaf.bytes * scale)
     if kept_in_fp32 and scheme in _BITSANDBYTES:
         return round(leaf.bytes / each * 4)  # transformers keeps these modules in fp32 and out of bitsandbytes' hands

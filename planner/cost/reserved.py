@@ -1,31 +1,57 @@
-"""Reserved bytes of a whole pipeline call: weights and activations of every phase through one caching allocator."""
+"""Reserved bytes of repeated pipeline calls: weights and activations of every phase through one caching allocator."""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from planner.cost.allocator import Block, CachingAllocator, replay
 from planner.cost.model import Cost, CostModel, PhaseCost, localized
-from planner.cost.quantized import IMMOVABLE, leaf_bytes
+from planner.cost.quantized import IMMOVABLE, LOADED_ON_DEVICE, leaf_bytes
 from planner.cost.residency import resting_bytes, tied_bytes
 from planner.cost.workspace import operator_bytes
+from planner.dryrun.trace import CallTrace, Ints
 from planner.facts import ComponentFacts
 from planner.recipe import Recipe
 
 LOOP_PASSES = 2
-"""Passes of a call that repeats: the second finds what the first left behind, further ones are like it."""
+"""Passes of a component call that repeats: the second finds what the first left behind, further ones are like it."""
+CALLS = 3
+"""Calls of the pipeline, for each finds the cache as the one before left it: published runs came as far as "OOM after 2nd
+iteration" (diffusers docs optimization/torch2.0.md)."""
+
+
+@dataclass(frozen=True, slots=True)
+class Reserved:
+    """What the caching allocator takes from the device over some calls of the pipeline."""
+
+    peak_bytes: int
+    short_bytes: int
+    """What the device lacked for a segment when nothing cached was left to give back; 0: never."""
 
 
 def reserved_bytes(model: CostModel, recipe: Recipe, cost: Cost) -> int:
     """Peak of the caching allocator's segments: weights as they come, then every distinct call in the order of first use."""
+    return replayed(model, recipe, cost).peak_bytes
+
+
+def replayed(model: CostModel, recipe: Recipe, cost: Cost, limit_bytes: int | None = None) -> Reserved:
+    """Replay calls of the pipeline where the allocator may take ``limit_bytes`` (None: all of the device but the context)."""
     run = _Run(model, recipe, cost)
+    if limit_bytes is not None:
+        run.allocator.limit_bytes = limit_bytes
     run.load()
-    for phase in cost.phases:
-        run.enter(phase)
-        run.call(phase)
-    return run.allocator.peak_reserved_bytes
+    for _ in range(CALLS):
+        state = run.allocator.reserved_bytes, run.allocator.peak_reserved_bytes
+        for phase in cost.phases:
+            run.enter(phase)
+            run.call(phase)
+        run.leave()
+        if state == (run.allocator.reserved_bytes, run.allocator.peak_reserved_bytes):
+            break
+    return Reserved(run.allocator.peak_reserved_bytes, run.allocator.short_bytes)
 
 
 @dataclass(slots=True)
@@ -36,17 +62,29 @@ class _Run:
     allocator: CachingAllocator = field(init=False)
     _weights: dict[str, list[Block]] = field(default_factory=dict)
     _resting: dict[str, int] = field(init=False)
+    _chain: list[str] = field(init=False)
+    """Components that model offload moves, in the order of its hooks."""
+    _captured: set[int] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         limit = self.model.device.total_bytes - self.model.coefficients.context_bytes
+        facts = self.model.traces.facts
         self.allocator = CachingAllocator(limit_bytes=limit if self.model.device.kind == "cuda" else None)
-        self._resting = resting_bytes(self.model.traces.facts, self.cost.trace)
+        self._resting = resting_bytes(facts, self.cost.trace)
+        moving = {component.name for component in facts.components if not self._stays(component)}
+        self._chain = [name for name in facts.offload_sequence if name in moving]
 
     def load(self) -> None:
-        """Components that are on the device from the start, in the pipeline's order; then cuBLAS takes its workspace."""
+        """Components that are on the device from the start, in the pipeline's order; then cuBLAS takes its workspace.
+
+        What is quantized on the device while loading comes by, whatever offload follows.
+        """
+        passing = [name for name in self._chain if self.recipe.weights.get(name) in LOADED_ON_DEVICE]
         for component in self.model.traces.facts.components:
-            if self._stays(component):
-                self.bring(component)
+            if self._stays(component) or component.name in passing:
+                self.bring(component, fresh=True)
+        for name in passing:
+            self._send(name)
         if self.cost.blas_bytes:
             self.allocator.allocate(self.cost.blas_bytes)
 
@@ -56,19 +94,12 @@ class _Run:
         kept |= component.name in self.recipe.resident and component.name not in self.recipe.only
         return own == "none" or kept
 
-    def bring(self, component: ComponentFacts) -> None:
-        """Allocate a component's weights; quantizing on the device leaves the holes of the originals behind."""
-        resting = self._resting[component.name]
-        scale = resting / component.weight_bytes if component.weight_bytes else 1.0
-        scheme = self.recipe.weights.get(component.name)
-        plain = leaf_bytes(component, None, scale)
+    def bring(self, component: ComponentFacts, *, fresh: bool = False) -> None:
+        """Allocate a component's weights; the first time, quantizing on the device leaves the originals' holes behind."""
+        scale = self._resting[component.name] / component.weight_bytes if component.weight_bytes else 1.0
         blocks = self._weights[component.name] = []
-        tied = round(tied_bytes(component) * scale)
-        for before, after in zip(plain, leaf_bytes(component, scheme, scale), strict=True):
-            if tied and after == tied:
-                tied = 0
-                continue
-            if before == after:
+        for before, after in _tensors(component, self.recipe.weights.get(component.name), scale):
+            if before == after or not fresh:
                 blocks.append(self.allocator.allocate(after))
                 continue
             original = self.allocator.allocate(before)
@@ -76,16 +107,29 @@ class _Run:
             self.allocator.free(original)
 
     def enter(self, phase: PhaseCost) -> None:
-        """Under model offload a component's predecessor leaves, the cache is emptied, and it comes in itself."""
+        """Under model offload a component's predecessor leaves, the cache is emptied, and it comes in itself.
+
+        Source: accelerate hooks.py, ``CpuOffload.pre_forward``.
+        """
         name = self.cost.trace.calls[phase.call].component
-        if self.recipe.offload != "model" or name in self._weights:
+        if name not in self._chain or self.recipe.offload != "model":
             return
-        chain = list(self.model.traces.facts.offload_sequence)
-        for other in chain[: chain.index(name)] if name in chain else ():
-            for block in self._weights.pop(other, ()):
-                self.allocator.free(block)
+        place = self._chain.index(name)
+        if place and self._chain[place - 1] in self._weights:
+            self._send(self._chain[place - 1])
+        if name not in self._weights:
+            self.bring(self.model.traces.facts.component(name))
+
+    def leave(self) -> None:
+        """Model offload sends everything back at the end (diffusers ``maybe_free_model_hooks``)."""
+        if self.recipe.offload == "model":
+            for name in self._chain:
+                self._send(name)
+
+    def _send(self, name: str) -> None:
+        for block in self._weights.pop(name, ()):
+            self.allocator.free(block)
         self.allocator.empty_cache()
-        self.bring(self.model.traces.facts.component(name))
 
     def call(self, phase: PhaseCost) -> None:
         """All passes of one distinct call, with what the pipeline holds meanwhile and what the weights grow by an upcast."""
@@ -96,9 +140,45 @@ class _Run:
         workspace = operator_bytes(call, self.model.device, local.recipe(), scheme)
         if self.model.device.kind != "cuda":
             workspace = np.zeros(len(call), dtype=np.int64)
+        if phase.in_graph:
+            self._capture(phase, call, workspace)
+            return
         upcast = max((event.weight_bytes for event in trace.events if event.call == index), default=0) - self._resting[call.component]
         extra = [self.allocator.allocate(size) for size in (phase.held_bytes, upcast) if size > 0]
         for _ in range(min(phase.count, LOOP_PASSES)):
             replay(self.allocator, call, workspace, self.cost.residency.window[index])
         for block in extra:
             self.allocator.free(block)
+
+    def _capture(self, phase: PhaseCost, call: CallTrace, workspace: Ints) -> None:
+        """A CUDA graph's pool is its own: segments that nothing else may use, taken once.
+
+        They are those of an eager call, less what fusing saves of its peak.
+        """
+        if phase.call in self._captured:
+            return
+        self._captured.add(phase.call)
+        pool = CachingAllocator()
+        replay(pool, call, workspace, self.cost.residency.window[phase.call])
+        eager = int((call.live_bytes + workspace).max(initial=0))
+        share = min(1.0, (phase.cost.activations_bytes + phase.cost.workspace_bytes) / eager) if eager else 0.0
+        if pool.peak_reserved_bytes:
+            self.allocator.allocate(round(pool.peak_reserved_bytes * share))
+
+
+def _tensors(component: ComponentFacts, scheme: str | None, scale: float) -> Iterator[tuple[int, int]]:
+    """Bytes of a component's tensors as loaded and as stored: a linear layer's bias is a tensor of its own.
+
+    A tensor that belongs to several modules comes once.
+    """
+    tied = round(tied_bytes(component) * scale)
+    plain, stored = leaf_bytes(component, None, scale), leaf_bytes(component, scheme, scale)
+    for leaf, before, after in zip(component.leaves, plain, stored, strict=True):
+        if tied and after == tied:
+            tied = 0
+            continue
+        rest = min(round((leaf.bytes - leaf.linear_weight_bytes) * scale), before, after) if leaf.linear_weight_bytes else 0
+        if rest:
+            yield rest, rest
+        if after > rest:
+            yield before - rest, after - rest

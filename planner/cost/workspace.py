@@ -54,6 +54,7 @@ def convolution_bytes(call: CallTrace, device: Device, recipe: Recipe) -> Ints:
     liveness plus these copies within 1 %; the limit is where they change between batches 1, 4, 8 and 16 of FLUX.
     Algorithms that a search settled on write NCHW, too (ONNX Runtime's SD 1.5 table, second runs).
     Under ``channels_last`` the output needs no copy; the input still does, for group norm hands it over in NCHW.
+    Beside the tensors lies the weight in the kernel's own order, which is how these kernels' names begin (``nhwckrsc``).
     """
     if device.kind == "cpu":
         return _onednn_bytes(call, recipe)
@@ -66,7 +67,8 @@ def convolution_bytes(call: CallTrace, device: Device, recipe: Recipe) -> Ints:
     searched = recipe.cudnn_benchmark and recipe.settled
     copies_output = np.isin(call.dtype, _SIXTEEN_BIT) & (out_elements * dims[:, 3] < DIRECT_OUTPUT_LIMIT)
     copies_output &= not recipe.channels_last and not searched
-    return nhwc * (input_bytes + copies_output * out_elements * dtype_bytes(call))
+    weight_bytes = 0 if recipe.channels_last else call.param_bytes
+    return nhwc * (input_bytes + copies_output * out_elements * dtype_bytes(call) + weight_bytes)
 
 
 def _onednn_bytes(call: CallTrace, recipe: Recipe) -> Ints:

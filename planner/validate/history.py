@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from itertools import pairwise
 
 import numpy as np
 
 from planner.dryrun.trace import CallTrace, Ints, Kind
+from planner.facts import ComponentFacts
 from planner.units import MIB
 from planner.validate.case import Case
 
 _BEFORE_CACHE_PASSING = re.compile(r"0\.(?:2\d|30|31)\b|2024")
+_WHOLE_MODELS = re.compile(r"2024|\b2\.[0-5]\b|\b0\.(?:2\d|30|31)\b")
 LONG_LIVED = 8
 """Operations that a storage must outlive the module call that made it, to count as kept for the next chunk."""
 
@@ -22,6 +24,32 @@ def cogvideox_kept_one_cache(case: Case) -> bool:
     """Until diffusers 0.32 CogVideoX's VAE kept each convolution's last frames in the module; since, in a dictionary that is
     passed from chunk to chunk, so that the old one and the new one live side by side (PR #9781)."""
     return case.pipeline_class.startswith("CogVideoX") and bool(_BEFORE_CACHE_PASSING.search(case.diffusers_version or ""))
+
+
+def layers_reached(case: Case) -> Callable[[ComponentFacts], ComponentFacts] | None:
+    """How a row's library saw the modules that the class keeps in fp32 (T5's ``wo``), where the planner's schemes see them otherwise.
+
+    Through 2024 scripts handed a whole loaded model to torchao or quanto, which reached every linear layer. Since, models are
+    quantized while loading (diffusers 0.32, ``TorchAoConfig``, ``QuantoConfig``), and transformers passes those modules by.
+    """
+    if case.quantization_library not in ("torchao", "quanto"):
+        return None
+    if _WHOLE_MODELS.search(f"{case.source} {case.torch_version} {case.diffusers_version}"):
+        return with_all_layers if case.quantization_library == "torchao" else None
+    return with_kept_layers if case.quantization_library == "quanto" else None
+
+
+def with_all_layers(component: ComponentFacts) -> ComponentFacts:
+    """No module is passed by. In fp16 the facts count kept modules at 4 bytes and have to know them."""
+    return component if component.dtype == "fp16" else component.model_copy(update={"keep_in_fp32": ()})
+
+
+def with_kept_layers(component: ComponentFacts) -> ComponentFacts:
+    """Modules that the class keeps in fp32 have no weight that may be quantized."""
+    kept = set(component.keep_in_fp32)
+    leaves = tuple(leaf.model_copy(update={"linear_weight_bytes": 0}) if kept & set(leaf.path.split(".")) else leaf
+                   for leaf in component.leaves)  # fmt: skip
+    return component.model_copy(update={"leaves": leaves})
 
 
 def with_one_cache(call: CallTrace) -> CallTrace:

@@ -8,10 +8,10 @@ from typing import Protocol
 
 from planner.cost.model import TraceSource
 from planner.dryrun.trace import CallTrace, Event, PipelineTrace, VaeMode
-from planner.facts import PipelineFacts
+from planner.facts import ComponentFacts, PipelineFacts
 from planner.types import Workload
 from planner.validate.case import Case
-from planner.validate.history import cogvideox_kept_one_cache, with_one_cache
+from planner.validate.history import cogvideox_kept_one_cache, layers_reached, with_one_cache
 
 NOTHING = Event(-1, 0, 0, 0, 0, 0)
 
@@ -35,6 +35,8 @@ class Part:
     alone: tuple[str, str] | None = None
     change: Callable[[CallTrace], CallTrace] | None = None
     """What an earlier release made of the VAE's decode."""
+    stored: Callable[[ComponentFacts], ComponentFacts] | None = None
+    """Which layers the row's way of quantizing reached."""
     _kept: dict[int, PipelineTrace] = field(default_factory=dict)
 
     @property
@@ -43,6 +45,8 @@ class Part:
         components = tuple(part for part in facts.components if part.name not in self.absent)
         if self.alone is not None:
             components = tuple(part for part in components if part.name == self.alone[0])
+        if self.stored is not None:
+            components = tuple(self.stored(part) for part in components)
         return facts.model_copy(update={"components": components})
 
     @property
@@ -90,4 +94,5 @@ def part_of(case: Case, traces: WholeTraces) -> Part:
         alone = (traces.facts.of_role("vae")[0].name, "decode")
     elif case.subject == "denoiser":
         alone = (traces.facts.of_role("denoiser")[0].name, "forward")
-    return Part(traces, frozenset(case.without), alone, with_one_cache if cogvideox_kept_one_cache(case) else None)
+    change = with_one_cache if cogvideox_kept_one_cache(case) else None
+    return Part(traces, frozenset(case.without), alone, change, layers_reached(case))

@@ -10,7 +10,8 @@ from typing import Any
 from planner.calibrate import Mode, calibration_for
 from planner.cost.coefficients import Coefficients, default_coefficients
 from planner.cost.estimate import estimate_of
-from planner.cost.model import CostModel
+from planner.cost.model import Cost, CostModel
+from planner.cost.reserved import replayed
 from planner.dryrun.provider import Traces
 from planner.errors import HardwareError, UnsupportedPipeline
 from planner.hardware.profiles import GpuProfile, device_from_profile, find_gpu, load_gpus
@@ -39,6 +40,9 @@ _SCHEMES = {
 OLD_CONTEXT_BYTES, OLD_CONTEXT_BYTES_PER_SM = 700 * MIB, 15 * MIB // 2
 """CUDA 11 with cuDNN 8, whose kernels are all loaded, and stacks per multiprocessor. Fitted on what NVML showed above torch's
 segments in the ONNX Runtime table at batch 1: 0.96 GiB on a T4 (40 SMs), 1.16 on an RTX 3060 (28), 1.5 on an A100 (108)."""
+DRIVER_SHARE = 0.015
+"""Of the total that NVML reports, what no process can have: torch's out-of-memory messages call a T4 (15360 MiB) 14.76 GiB
+(bupticybee/FastLoRAChat issue 6) and an RTX 4090 (24564 MiB) 23.65 GiB (tloen/llama-int8 issue 7)."""
 _SCHEMES_2024 = {"int8dq": "int8dq_2024"}
 """Schemes whose kernels were others with torch 2.5 and older: torchao made int8 products of few rows on the host."""
 
@@ -64,7 +68,10 @@ class Predictor:
     def predict(self, case: Case) -> Prediction:
         """Raises PlannerError: the row's model, card or settings are none that the planner knows."""
         model, recipe = self.priced(case)
-        return value_from_estimate(case, estimate_of(model, recipe), model.device)
+        cost = model.cost(recipe)
+        estimate = estimate_of(model, recipe, cost)
+        fits = estimate.fits and runs_on_card(model, recipe, cost)
+        return value_from_estimate(case, estimate.model_copy(update={"fits": fits}), model.device)
 
     def priced(self, case: Case) -> tuple[CostModel, Recipe]:
         """The cost model that prices a row, and the row's recipe. Raises PlannerError as :meth:`predict` does."""
@@ -75,7 +82,8 @@ class Predictor:
     def _model(self, case: Case, device: Device) -> CostModel:
         traces = self._part(case)
         coefficients = _then(case, device, self.fitted.get(device.name) or self._coefficients(device))
-        key = (id(traces.source), traces.absent, traces.alone, traces.change, device.name, device.total_bytes, coefficients.context_bytes)
+        seen = (id(traces.source), traces.absent, traces.alone, traces.change, traces.stored)
+        key = (*seen, device.name, device.total_bytes, coefficients.context_bytes)
         if key not in self._models:
             self._models[key] = CostModel(traces, device, coefficients, traces.workload.batch_size)
         elif self._models[key].coefficients != coefficients:
@@ -132,6 +140,15 @@ def _variant(name: str, memory_bytes: int | None) -> GpuProfile:
 
 def _is_size(profile: GpuProfile, memory_bytes: int) -> bool:
     return abs(profile.total_bytes / memory_bytes - 1) < _NEAR
+
+
+def runs_on_card(model: CostModel, recipe: Recipe, cost: Cost) -> bool:
+    """Whether repeated calls go through on the whole card: holes between blocks in use count, as they do for torch."""
+    device = model.device
+    if device.kind != "cuda":
+        return True
+    limit = round(device.total_bytes * (1 - DRIVER_SHARE)) - model.coefficients.context_bytes
+    return replayed(model, recipe, cost, limit).short_bytes == 0
 
 
 # -- the model and the call -------------------------------------------------------------------------------------------
