@@ -13,7 +13,7 @@ from pathlib import Path
 from planner.validate import Report, RowResult, Statistics, plot, read_table, summarize, validate
 from planner.validate.predict import predictor
 from planner.validate.rows import Row
-from planner.validate.stats import statistics
+from planner.validate.stats import percentile, statistics
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLES = (ROOT / "calibration/published/published.csv", ROOT / "calibration/published/torch2_table.csv")
@@ -82,6 +82,14 @@ def page(report: Report) -> str:
         "",
         *_left_out(report),
         "",
+        "## Intervals, each source left out",
+        "",
+        "*Stretch*: by what factor the stated intervals must be widened to hold nine in ten measured values of all the other sources",
+        "(below 1: they are wider than that). *Held*: how many of the left-out source's values the intervals so stretched hold, in",
+        "per cent.",
+        "",
+        *_coverage_left_out(report),
+        "",
         "## Fits and order",
         "",
         *_decisions(report),
@@ -132,6 +140,31 @@ def _left_out(report: Report) -> list[str]:
                 names.append(f"{metric} without {series}")
                 lines.append(_numbers(summarize(rest).by_metric[metric]))
     return _table(names, lines)
+
+
+def _coverage_left_out(report: Report) -> list[str]:
+    """What the width of the intervals owes to each source: fitted on the others, tried on the one."""
+    lines = ["| | rows | stretch | held |", "| --- | ---: | ---: | ---: |"]
+    for metric in MEMORY[:-1]:
+        results = [r for r in report.rows if r.metric == metric and _reach(r) is not None]
+        for series in ("", *sorted({r.series for r in results})):
+            rest = [r for r in results if r.series != series]
+            tried = [r for r in results if r.series == series or not series]
+            if not rest:
+                continue
+            stretch = percentile([_reach(r) or 0.0 for r in rest], 0.9)
+            held = sum((_reach(r) or 0.0) <= stretch + 1e-9 for r in tried) / len(tried)
+            lines.append(f"| {metric}, {series or 'all'} | {len(tried)} | {stretch:.2f} | {held * 100:.0f} |")
+    return lines
+
+
+def _reach(result: RowResult) -> float | None:
+    """How far a measured value lies from the prediction, in widths of the interval's side that it is on: inside up to 1."""
+    if result.predicted is None or result.low is None or result.high is None or result.metric == "oom":
+        return None
+    off = result.measured - result.predicted
+    side = result.high - result.predicted if off > 0 else result.predicted - result.low
+    return abs(off) / side if side > 0 else (0.0 if off == 0 else float("inf"))
 
 
 def _decisions(report: Report) -> list[str]:

@@ -8,8 +8,10 @@ import pytest
 
 from planner.cost.quantized import leaf_bytes
 from planner.facts import ComponentFacts, Leaf
+from planner.types import Estimate
+from planner.units import GIB
 from planner.validate import Case, express, read_table
-from planner.validate.counters import read_counter
+from planner.validate.counters import read_counter, value_from_estimate
 from planner.validate.history import layers_reached
 from planner.validate.predict import Predictor, card, predictor, quantized
 
@@ -49,6 +51,21 @@ def test_memory_after_a_call_is_told_from_its_peak() -> None:
     assert after is not None
     assert peak is not None
     assert (after.counter, peak.counter) == ("resting_allocated_bytes", "peak_allocated_bytes")
+
+
+def test_intervals_reach_as_far_as_the_source_leaves_open() -> None:
+    card_of = card(cases()["ort15-048"])
+    sizes = {"peak_allocated": 10, "peak_reserved": 12, "device_used": 13}
+    fields = {f"{name}_bytes{end}": size * GIB for name, size in sizes.items() for end in ("", "_low", "_high")}
+    estimate = Estimate.model_construct(**fields | {"device_used_bytes_high": 14 * GIB, "terms": (), "fits": True})
+
+    def high(row: str) -> float | None:
+        return value_from_estimate(cases()[row], estimate, card_of).high
+
+    assert high("tao-flux-001") == 10
+    assert high("hfsdxl-009") == 14, "a counter that is not named may be the device's"
+    assert high("ort15-052") == 14
+    assert high("ort15-048") == card_of.total_bytes / GIB, "torch 1.13 kept what cuDNN's search took"
 
 
 def test_component_settings_reach_that_component_only() -> None:

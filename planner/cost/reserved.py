@@ -37,9 +37,12 @@ def reserved_bytes(model: CostModel, recipe: Recipe, cost: Cost) -> int:
     return replayed(model, recipe, cost).peak_bytes
 
 
-def replayed(model: CostModel, recipe: Recipe, cost: Cost, limit_bytes: int | None = None) -> Reserved:
-    """Replay calls of the pipeline where the allocator may take ``limit_bytes`` (None: all of the device but the context)."""
-    run = _Run(model, recipe, cost)
+def replayed(model: CostModel, recipe: Recipe, cost: Cost, limit_bytes: int | None = None, *, most: bool = False) -> Reserved:
+    """Replay calls of the pipeline where the allocator may take ``limit_bytes`` (None: all of the device but the context).
+
+    ``most``: with the largest workspaces that convolutions are known to take.
+    """
+    run = _Run(model, recipe, cost, most)
     if limit_bytes is not None:
         run.allocator.limit_bytes = limit_bytes
     run.load()
@@ -59,6 +62,7 @@ class _Run:
     model: CostModel
     recipe: Recipe
     cost: Cost
+    most: bool = False
     allocator: CachingAllocator = field(init=False)
     _weights: dict[str, list[Block]] = field(default_factory=dict)
     _resting: dict[str, int] = field(init=False)
@@ -137,7 +141,7 @@ class _Run:
         call = self.model.variant(trace, index, self.recipe)
         local = localized(self.recipe, self.model.role(call.component), call.component)
         scheme = None if local.fused else local.scheme
-        workspace = operator_bytes(call, self.model.device, local.recipe(), scheme)
+        workspace = operator_bytes(call, self.model.device, local.recipe(), scheme, most=self.most)
         if self.model.device.kind != "cuda":
             workspace = np.zeros(len(call), dtype=np.int64)
         if phase.in_graph:

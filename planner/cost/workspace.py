@@ -45,7 +45,7 @@ DIRECT_OUTPUT_LIMIT = 1 << 38
 """Output elements times output channels from which 16-bit convolutions write NCHW themselves. Source: see below."""
 
 
-def convolution_bytes(call: CallTrace, device: Device, recipe: Recipe) -> Ints:
+def convolution_bytes(call: CallTrace, device: Device, recipe: Recipe, *, most: bool = False) -> Ints:
     """NHWC copies that cuDNN makes in its workspace for NCHW tensors: of a convolution's input, and mostly of its output.
 
     TF32 kernels read NHWC and write NCHW (``..._nhwckrsc_nchw_...``), so the output needs no copy; so do the kernels that
@@ -55,6 +55,7 @@ def convolution_bytes(call: CallTrace, device: Device, recipe: Recipe) -> Ints:
     Algorithms that a search settled on write NCHW, too (ONNX Runtime's SD 1.5 table, second runs).
     Under ``channels_last`` the output needs no copy; the input still does, for group norm hands it over in NCHW.
     Beside the tensors lies the weight in the kernel's own order, which is how these kernels' names begin (``nhwckrsc``).
+    ``most``: every output is copied, which kernels of some cards and releases do where those above do not.
     """
     if device.kind == "cpu":
         return _onednn_bytes(call, recipe)
@@ -66,7 +67,7 @@ def convolution_bytes(call: CallTrace, device: Device, recipe: Recipe) -> Ints:
     out_elements = dims[:, 0] * dims[:, 2] * dims[:, 3]
     searched = recipe.cudnn_benchmark and recipe.settled
     copies_output = np.isin(call.dtype, _SIXTEEN_BIT) & (out_elements * dims[:, 3] < DIRECT_OUTPUT_LIMIT)
-    copies_output &= not recipe.channels_last and not searched
+    copies_output = (copies_output & (not searched) | most) & (not recipe.channels_last)
     weight_bytes = 0 if recipe.channels_last else call.param_bytes
     return nhwc * (input_bytes + copies_output * out_elements * dtype_bytes(call) + weight_bytes)
 
@@ -169,9 +170,9 @@ def dequantization_bytes(call: CallTrace, scheme: str | None) -> Ints:
     return heavy * call.param_bytes
 
 
-def operator_bytes(call: CallTrace, device: Device, recipe: Recipe, scheme: str | None = None) -> Ints:
-    """Sum of all operator workspace, per operation."""
-    return (convolution_bytes(call, device, recipe) + attention_bytes(call, device, recipe)
+def operator_bytes(call: CallTrace, device: Device, recipe: Recipe, scheme: str | None = None, *, most: bool = False) -> Ints:
+    """Sum of all operator workspace, per operation; ``most`` as in :func:`convolution_bytes`."""
+    return (convolution_bytes(call, device, recipe, most=most) + attention_bytes(call, device, recipe)
             + normalization_bytes(call, device, recipe) + dequantization_bytes(call, scheme))  # fmt: skip
 
 

@@ -143,7 +143,11 @@ def _is_size(profile: GpuProfile, memory_bytes: int) -> bool:
 
 
 def runs_on_card(model: CostModel, recipe: Recipe, cost: Cost) -> bool:
-    """Whether repeated calls go through on the whole card: holes between blocks in use count, as they do for torch."""
+    """Whether repeated calls go through on the whole card: holes between blocks in use count, as they do for torch.
+
+    A convolution's workspace counts as needed. Torch tries other algorithms where it cannot be had (aten cudnn/Conv_v8.cpp,
+    ``try_configs``), yet the published out-of-memory rows of a T4 are those that lack just that.
+    """
     device = model.device
     if device.kind != "cuda":
         return True
