@@ -55,10 +55,15 @@ OUTSIDE_FORWARD = Refusal(RuntimeError, "at least two devices, sim:0 and meta",
 OLD_SIGNATURE = Refusal(TypeError, "unexpected keyword argument 'device'",
                         "this deprecated pipeline's enable_model_cpu_offload takes a gpu_id only")  # fmt: skip
 
-WITHOUT_GROUPS = ("dit", "hunyuan_dit", "kandinsky22", "kandinsky22_combined", "kandinsky3", "stable_audio")
+NO_SEQUENCE = Refusal(ValueError, "no `model_cpu_offload_seq` class attribute is set",
+                      "the pipeline's class names no order of its components")  # fmt: skip
+OWN_DEVICE = Refusal(NotImplementedError, "Cannot copy out of meta tensor",
+                     "this pipeline moves its input to self.device, which is meta then, instead of _execution_device")  # fmt: skip
+
+WITHOUT_GROUPS = ("dit", "hunyuan_dit", "kandinsky22", "kandinsky22_combined", "kandinsky3", "ldm_superres", "stable_audio")
 DECODES_AROUND_BLOCKS = (
     "allegro", "audioldm2", "cascade_combined", "cascade_decoder", "cascade_prior", "cogvideox", "flux2",
-    "flux2_klein", "hunyuan_video", "ltx_video", "mochi", "qwen_image", "sana", "svd",
+    "flux2_klein", "hunyuan_video", "kandinsky5", "ltx_video", "mochi", "qwen_image", "sana", "svd",
 )  # fmt: skip
 GROUPS = ("group_leaf", "group_block", "group_leaf_stream", "group_block_stream")
 BLOCKS = ("group_block", "group_block_stream")
@@ -70,4 +75,6 @@ REFUSED: dict[tuple[str, str], Refusal] = {
     ("stable_audio", "sequential"): OUTSIDE_FORWARD,
     ("hunyuan_dit", "sequential"): OUTSIDE_FORWARD,
     ("musicldm", "model"): OLD_SIGNATURE,
+    ("ldm_superres", "model"): NO_SEQUENCE,
+    ("ldm_superres", "sequential"): OWN_DEVICE,
 }
