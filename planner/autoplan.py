@@ -11,6 +11,7 @@ from planner.cost.model import CostModel
 from planner.decide import decide, settings_estimate
 from planner.dryrun.provider import Traces
 from planner.errors import NoFeasiblePlan, UnsupportedPipeline, UsageError
+from planner.growth import grow
 from planner.models import ModelSource, resolve
 from planner.plan import Plan
 from planner.probing import Prober
@@ -76,8 +77,10 @@ def autoplan(
     source = _live(pipe)
     target = live_target(pipe, device, memory_budget, calibrate, say)
     say("tracing the pipeline on meta")
-    traces = Traces.of(source, _workload(batch_size=batch_size), inputs)
     calibration = calibration_for(target, mode=_mode(calibrate))
+    if objective == "throughput":
+        batch_size = _grown(source, target, request, calibration, inputs, batch_size)
+    traces = Traces.of(source, _workload(batch_size=batch_size), inputs)
     model = CostModel(traces, target, calibration.coefficients, traces.workload.batch_size)
     model.memory_scale, model.time_scale = calibration.corrections(source.digest)
     session = Session(source, traces, model, request, calibration, dict(inputs or {}))
@@ -107,8 +110,12 @@ def explain(model: Any, gpu: str | None = None, *, memory: int | str | None = No
     request = _request(quality, objective, calls, fix, host_memory)
     source = resolve(model)
     target = target_for(gpu, memory, request.host_budget_bytes)
-    cost_model, traces = _model(source, target, calibrate, inputs, workload)
-    return decide(source, traces, cost_model, request)
+
+    def planned(**sizes: Any) -> Plan:
+        cost_model, traces = _model(source, target, calibrate, inputs, {**workload, **sizes})
+        return decide(source, traces, cost_model, request)
+
+    return planned() if objective != "throughput" else grow(lambda batch: planned(batch_size=batch), workload.get("batch_size") or 1)
 
 
 def estimate(model: Any, gpu: str | None = None, settings: Mapping[str, KnobValue] | None = None, *, memory: int | str | None = None,
@@ -190,6 +197,17 @@ def _model(source: ModelSource, target: Device, calibrate: str, inputs: Mapping[
     traces = Traces.of(source, _workload(**workload), inputs)
     calibration = calibration_for(target, mode="never" if _mode(calibrate) == "never" else "auto")
     return CostModel(traces, target, calibration.coefficients, traces.workload.batch_size), traces
+
+
+def _grown(source: ModelSource, target: Device, request: Request, calibration: Calibration, inputs: Mapping[str, Any] | None,
+           batch_size: int) -> int:  # fmt: skip
+    """The batch that makes most samples a second, from ``batch_size`` on."""
+
+    def planned(batch: int) -> Plan:
+        traces = Traces.of(source, _workload(batch_size=batch), inputs)
+        return decide(source, traces, CostModel(traces, target, calibration.coefficients, traces.workload.batch_size), request)
+
+    return grow(planned, batch_size).workload.batch_size
 
 
 def _probe(traces: Traces, model: CostModel, calibration: Calibration, calibrate: str, quality: Quality, say: Progress) -> Prober | None:

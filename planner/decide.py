@@ -70,7 +70,7 @@ def stages(context: Context, request: Request, split_margin: float) -> list[Stag
     plan without them is nearly as fast as the best without a memory limit, they cannot help and need not be traced; a split
     must win by ``split_margin`` in any case. The last stage leaves nothing out and is for when nothing else fits.
     """
-    if request.objective != "latency":
+    if request.objective == "memory":
         return [({}, 0.0)]
     fixed = request.fix or {}
 
