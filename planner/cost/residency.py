@@ -171,7 +171,8 @@ def _windowed(facts: PipelineFacts, trace: PipelineTrace, recipe: Recipe, sizes:
         if keys[name] not in known.plans:
             known.plans[keys[name]] = window_plan(moving[name], recipe, resting[name], name in recipe.only)
     plans = {name: known.plans[keys[name]] for name in moving}
-    fixed = sum(plan.fixed_bytes for plan in plans.values())
+    called = {call.component for call in trace.calls}
+    fixed = sum(plan.fixed_bytes for name, plan in plans.items() if name in called or not plan.ahead)
     base = sum(size for name, size in sizes.items() if name not in moving) + fixed
     upcast = _upcast_bytes(trace, sizes)
     windows: list[Ints | None] = []
@@ -235,7 +236,7 @@ class WindowPlan:
     units: Mapping[str, tuple[int, int]]
     """Module path to (number of the group, its bytes). A module's own tensors come in while its children run, too."""
     fixed_bytes: int
-    """On the device all the time: some buffers under sequential offload and with streams."""
+    """On the device all the time: some buffers under sequential offload, and with streams, from a first call on."""
     ahead: bool
     """The next unit is loaded while one runs (prefetch on a stream); known after a first ``forward``, never for ``decode``."""
     returning: frozenset[int] | None
@@ -245,6 +246,8 @@ class WindowPlan:
     """Groups of the modules that diffusers splits into groups: they load themselves, and the first of their groups ahead."""
     largest: Mapping[int, int] = field(default_factory=dict)
     """Bytes of the largest tensor of each group."""
+    again: Mapping[int, int] = field(default_factory=dict)
+    """Bytes by group of what stays there and yet is copied at each load."""
     nested: bool = False
     """Blocks of named parts, each of which has a ``forward`` of its own whatever the component's entry point."""
 
@@ -263,7 +266,7 @@ class WindowPlan:
             held = [sum(size for _, size in chain) for chain in visited]
             loads = [unit for new in _entered(visited, passes) for unit in new]
         window = np.repeat(np.array(held, dtype=np.float64), np.diff([*starts.tolist(), len(call)]))
-        loaded = sum(size for _, size in loads)
+        loaded = sum(size + self.again.get(number, 0) for number, size in loads)
         returned = loaded if self.returning is None else sum(size for number, size in loads if number in self.returning)
         return Passage((window * scale).astype(np.int64), round(loaded * scale), round(returned * scale), len(loads))
 
@@ -384,18 +387,27 @@ def window_plan(component: ComponentFacts, recipe: Recipe, size: int, literal: b
     streamed = [leaf for path, leaf in bytes_of.items() if not by_block or _block_of(component, path) is not None]
     pinned = sum(1 << max(leaf - 1, 1).bit_length() for leaf in streamed if leaf) if stream else 0
     largest = _largest(component, units, moving) if stream else {}
-    return WindowPlan(units, sum(fixed.values()), stream, returning, pinned, leaders, largest,
+    again: dict[int, int] = {}
+    for path, left in fixed.items() if stream else ():
+        number = _unit_of(component, units, path)
+        again[number] = again.get(number, 0) + left
+    return WindowPlan(units, sum(fixed.values()), stream, returning, pinned, leaders, largest, again,
                       by_block and bool(component.group_block_modules))  # fmt: skip
+
+
+def _unit_of(component: ComponentFacts, units: Mapping[str, tuple[int, int]], path: str) -> int:
+    """Number of the group that a module at leaf level, or inside a block, moves with; -1 for the rest around blocks."""
+    unit = units.get(path) or units.get(_block_of(component, path) or "")
+    return -1 if unit is None else unit[0]
 
 
 def _largest(component: ComponentFacts, units: Mapping[str, tuple[int, int]], bytes_of: Mapping[str, int]) -> dict[int, int]:
     """By group, the bytes of its largest tensor: a module's weight, or its own tensors together where it has no such weight."""
     out: dict[int, int] = {}
     for leaf in component.leaves:
-        unit = units.get(leaf.path) or units.get(_block_of(component, leaf.path) or "")
-        if unit is not None:
-            share = leaf.linear_weight_bytes / leaf.bytes if leaf.linear_weight_bytes else 1.0
-            out[unit[0]] = max(out.get(unit[0], 0), round(bytes_of[leaf.path] * share))
+        number = _unit_of(component, units, leaf.path)
+        share = leaf.linear_weight_bytes / leaf.bytes if leaf.linear_weight_bytes else 1.0
+        out[number] = max(out.get(number, 0), round(bytes_of[leaf.path] * share))
     return out
 
 
