@@ -52,7 +52,7 @@ def share(inputs: Mapping[str, Any], parts: int) -> list[dict[str, Any]]:
     Lists and tensors with one entry per sample are cut; then a count argument is divided, where a call is left with one sample.
 
     Raises:
-        UsageError: the batch does not divide that way.
+        UsageError: the batch does not divide that way, or an argument holds its rows where they cannot be cut.
     """
     if parts == 1:
         return [dict(inputs)]
@@ -64,7 +64,11 @@ def share(inputs: Mapping[str, Any], parts: int) -> list[dict[str, Any]]:
     if count % rest or (rest > 1 and samples > cuts):
         batch = f"{samples} samples times {count}" if samples > 1 < count else f"{samples * count}"
         raise UsageError(f"a batch of {batch} does not split into {parts} equal calls; choose a divisor of {max(samples, count)}.")
-    pieces = _cut(inputs, cuts, {samples, samples * count}) if cuts > 1 else [dict(inputs)]
+    lengths = {samples, samples * count}
+    unclear = sorted(name for name, value in inputs.items() if cuts > 1 and _holds_rows(name, value, lengths | {2 * samples * count}))
+    if unclear:
+        raise UsageError(f"a batch cannot be split where {unclear[0]!r} holds one row per sample inside a list or mapping.")
+    pieces = _cut(inputs, cuts, lengths) if cuts > 1 else [dict(inputs)]
     if argument is None or rest == 1:
         return pieces
     names = None if argument == "batch_size" else ("generator", "latents")
@@ -81,6 +85,13 @@ def _cut(inputs: Mapping[str, Any], parts: int, lengths: set[int], names: tuple[
             for index, piece in enumerate(pieces):
                 piece[name] = value[index * size : (index + 1) * size]
     return pieces
+
+
+def _holds_rows(name: str, value: Any, lengths: set[int]) -> bool:
+    """Whether a container that is not itself cut has something inside with as many rows as there are samples (twice with guidance)."""
+    if name in _NOT_SAMPLES or _length(value) in lengths or not isinstance(value, list | tuple | Mapping):
+        return False
+    return any(_length(item) in lengths for item in (value.values() if isinstance(value, Mapping) else value))
 
 
 def _length(value: Any) -> int:

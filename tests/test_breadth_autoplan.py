@@ -173,6 +173,16 @@ def test_two_prompts_times_two_images_are_cut_by_prompt_so_that_the_order_stays(
         share({"prompt": ["a", "b", "c"], "num_images_per_prompt": 2}, 2)
 
 
+def test_rows_inside_a_list_or_a_mapping_are_not_split() -> None:
+    """An image embedding per adapter, each with one row per sample: which of them goes to whom is the pipeline's business."""
+    two = {"prompt": ["a", "b"], "height": 8}
+    for inside in ([torch.zeros(4, 8)], {"scale": torch.zeros(2, 8)}, [["x", "y"]]):
+        with pytest.raises(UsageError, match="'extra' holds one row per sample"):
+            share({**two, "extra": inside}, 2)
+    assert share({**two, "extra": [torch.zeros(3, 8)]}, 2)[0]["prompt"] == ["a"]
+    assert share({"prompt": "a", "num_images_per_prompt": 2, "extra": [torch.zeros(2, 8)]}, 2)[1]["num_images_per_prompt"] == 1
+
+
 def test_the_batch_is_what_labels_embeddings_or_pictures_say_where_there_is_no_prompt() -> None:
     labels = FAMILIES["dit"]
     pipe = labels.build()

@@ -12,9 +12,11 @@ from torch import nn
 
 from planner.dryrun.inputs import call_arguments
 from planner.dryrun.run import DryRun
-from planner.dryrun.trace import VaeMode
+from planner.dryrun.trace import Kind, VaeMode
+from planner.errors import UsageError
 from planner.types import Workload
 from tests.zoo import FAMILIES
+from tests.zoo.parts import picture
 
 MODES = (VaeMode(True), VaeMode(False, 0))
 
@@ -84,6 +86,51 @@ def test_a_pipeline_whose_components_keep_state_says_so() -> None:
     trace = DryRun(pipe, Workload(), inputs).trace()
     assert any("keeps state" in note for note in trace.notes)
     assert [trace.count(index) for index, call in enumerate(trace.calls) if call.component == "unet"] == [2, 2]
+
+
+def test_flex_attention_is_one_attention_and_says_so() -> None:
+    decoder = diffusers.LTX2VideoDiffusionDecoderModel(
+        out_channels=3, latent_channels=8, patch_size=2, decoder_head_dim=16, decoder_stage_channels=(64, 32, 16, 16, 16),
+        decoder_stage_depths=(1, 1, 1, 1, 2), decoder_stage_kernels=((3, 3, 3),) * 4, decoder_t_emb_dim=32,
+        decoder_upsample_strides=((1, 2, 2), (2, 1, 1), (2, 2, 2), (2, 2, 2)), decoder_upsample_channel_reductions=(2, 2, 1, 1),
+        decoder_stage5_kernel=(3, 3, 3), spatial_compression_ratio=16, temporal_compression_ratio=8)  # fmt: skip
+    scheduler = diffusers.FlowMatchEulerDiscreteScheduler()
+    pipe = diffusers.LTX2VideoDiffusionDecodePipeline(diffusion_decoder=decoder, scheduler=scheduler, vae=None)
+    trace = DryRun(pipe, Workload(), {"latents": torch.zeros(1, 8, 2, 3, 3), "output_type": "pt"}).trace()
+    (call,) = [call for call in trace.calls if any("flex_attention" in text for text in call.fallbacks)]
+    assert trace.output_shape == (1, 9, 3, 48, 48)
+    assert int((call.columns["kind"] == int(Kind.ATTENTION)).sum()) == 6  # one per block of its stages
+
+
+def test_a_call_that_says_what_to_make_gets_a_prompt_only_where_it_does_not_run_without() -> None:
+    made, needy = FAMILIES["unidiffuser"], FAMILIES["sd15_img2img"]
+    joint, pipe = made.build(), needy.build()
+    inputs = {name: value for name, value in needy.inputs(pipe).items() if name != "prompt"}
+    assert "prompt" not in call_arguments(joint, Workload(), made.inputs(joint))
+    assert "prompt" not in call_arguments(pipe, Workload(), inputs)
+    assert not any("no prompt" in note for note in DryRun(joint, Workload(), made.inputs(joint)).trace().notes)
+    assert any("no prompt" in note for note in DryRun(pipe, Workload(), inputs).trace().notes)
+    assert "prompt" in call_arguments(pipe, Workload(), inputs)
+    assert "prompt" not in call_arguments(joint, Workload(), made.inputs(joint))
+
+
+def test_the_check_of_a_plan_gets_the_pictures_that_its_trace_got() -> None:
+    pipe = FAMILIES["sd15_img2img"].build()
+    inputs = {"num_inference_steps": 2, "output_type": "np"}
+    trace = DryRun(pipe, Workload(batch_size=2), inputs).trace(None, 1)
+    assert any("stand-in pictures" in note for note in trace.notes)
+    assert {"prompt", "image"} <= set(call_arguments(pipe, Workload(batch_size=2), inputs))
+
+
+def test_reference_pictures_that_all_samples_share_are_not_split() -> None:
+    case = FAMILIES["flux2"]
+    pipe = case.build()
+    pictures = [picture(64, 64), picture(64, 64, seed=1)]
+    inputs = {**case.inputs(pipe), "prompt": ["a", "b"], "image": pictures}
+    with pytest.raises(UsageError, match="not one entry per sample"):
+        DryRun(pipe, Workload(), inputs).trace(None, 1)
+    alone = {name: value for name, value in inputs.items() if name != "image"}
+    assert DryRun(pipe, Workload(), alone).trace(None, 1).batch_size == 1
 
 
 def test_several_control_networks_are_one_component_with_all_their_work() -> None:

@@ -57,8 +57,40 @@ def _batch(pipe: Any, asked: int, inputs: Mapping[str, Any]) -> int:
     raise UsageError(f"batch_size {asked} cannot be had: {what}. Pass a list of prompts of that length, or leave batch_size out.")
 
 
-def call_arguments(pipe: Any, workload: Workload, inputs: Mapping[str, Any], with_images: bool = False) -> dict[str, Any]:
-    """Arguments for one call of ``pipe``. ``with_images`` also fills image arguments that have a default of None.
+_NEEDED: dict[tuple[type, frozenset[str]], tuple[bool, bool]] = {}
+"""What calls of a class turned out to need besides the arguments named: a prompt, pictures. Known after their dry run."""
+
+
+def _asked(pipe: Any, inputs: Mapping[str, Any]) -> tuple[type, frozenset[str]]:
+    names = {name for name, value in inputs.items() if value is not None}
+    return type(pipe), frozenset(names - {"generator", *_SIZES})
+
+
+def remember_needs(pipe: Any, inputs: Mapping[str, Any], with_prompt: bool, with_images: bool) -> None:
+    """Later calls with arguments of these names get the same stand-ins: a plan is checked with the call that was traced."""
+    _NEEDED[_asked(pipe, inputs)] = with_prompt, with_images
+
+
+def speaks(inputs: Mapping[str, Any]) -> bool:
+    """Whether the arguments say what to make: a prompt, a picture, embeddings, latents; not only how."""
+    return any(_says_what(name, value) for name, value in inputs.items() if not name.startswith("negative"))
+
+
+def _says_what(name: str, value: Any) -> bool:
+    if isinstance(value, list | tuple):
+        return any(_says_what(name, item) for item in value)
+    if isinstance(value, str):
+        return "prompt" in name
+    return isinstance(value, Mapping) or hasattr(value, "shape") or hasattr(value, "getpixel")
+
+
+def call_arguments(
+    pipe: Any, workload: Workload, inputs: Mapping[str, Any], with_images: bool | None = None, with_prompt: bool | None = None
+) -> dict[str, Any]:
+    """Arguments for one call of ``pipe``.
+
+    ``with_images`` also fills image arguments that have a default of None; ``with_prompt`` gives a prompt even where the
+    arguments say what to make without one. None: as an earlier dry run found that such a call needs.
 
     Raises:
         UsageError: the workload has a size that this pipeline's call does not take.
@@ -66,6 +98,8 @@ def call_arguments(pipe: Any, workload: Workload, inputs: Mapping[str, Any], wit
     """
     parameters = call_parameters(pipe)
     arguments = dict(inputs)
+    needs = _NEEDED.get(_asked(pipe, inputs), (False, False))
+    with_prompt, with_images = (need if given is None else given for given, need in zip((with_prompt, with_images), needs, strict=True))
     for name in _SIZES:
         value = getattr(workload, name)
         if value is not None and name not in arguments:
@@ -74,7 +108,7 @@ def call_arguments(pipe: Any, workload: Workload, inputs: Mapping[str, Any], wit
                     continue  # the size then comes from the image that the call gets
                 raise UsageError(f"{type(pipe).__name__} takes no {name}; leave it out.")
             arguments[name] = value
-    _add_prompt(pipe, parameters, workload, arguments)
+    _add_prompt(pipe, parameters, workload, arguments, with_prompt or not speaks(inputs))
     for name, parameter in parameters.items():
         required = parameter.default is inspect.Parameter.empty and parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
         if name in arguments or name == "self":
@@ -88,11 +122,12 @@ def call_arguments(pipe: Any, workload: Workload, inputs: Mapping[str, Any], wit
     return arguments
 
 
-def _add_prompt(pipe: Any, parameters: Mapping[str, Any], workload: Workload, arguments: dict[str, Any]) -> None:
+def _add_prompt(pipe: Any, parameters: Mapping[str, Any], workload: Workload, arguments: dict[str, Any], wanted: bool) -> None:
     argument = batch_argument(pipe)
     given = batch_of(pipe, arguments)
     has_prompt = any(name.startswith("prompt") for name in arguments) or ("image_embeds" in arguments and "prompt" not in parameters)
-    if "prompt" in parameters and not has_prompt:
+    required = "prompt" in parameters and parameters["prompt"].default is inspect.Parameter.empty
+    if "prompt" in parameters and not has_prompt and (wanted or required):
         arguments["prompt"] = PROMPT if argument or workload.batch_size == 1 else [PROMPT] * workload.batch_size
         given = batch_of(pipe, arguments)
     if argument and given != workload.batch_size and workload.batch_size % max(given, 1) == 0:

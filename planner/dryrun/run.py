@@ -11,19 +11,32 @@ from typing import Any
 import torch
 
 from planner.batching import share
-from planner.dryrun.inputs import call_arguments, complete_workload
+from planner.dryrun.inputs import call_arguments, complete_workload, remember_needs, speaks
 from planner.dryrun.operations import TORCH_DTYPES
 from planner.dryrun.patches import uncollected
 from planner.dryrun.session import Session
 from planner.dryrun.trace import PipelineTrace, VaeMode
-from planner.errors import PlannerError, UnsupportedPipeline
+from planner.dtypes import parse_dtypes
+from planner.errors import PlannerError, UnsupportedPipeline, UsageError
 from planner.types import Workload
 
 logger = logging.getLogger(__name__)
 
 
-_ATTEMPTS = [(False, False), (True, False), (False, True), (True, True)]
-"""Ways to get through a call: with stand-in pictures for optional images, with every component call executed."""
+@dataclass(frozen=True, slots=True)
+class _Way:
+    """A way to get through a call: with a stand-in prompt, with pictures for optional images, every component call executed."""
+
+    prompt: bool = False
+    images: bool = False
+    again: bool = False
+
+
+def _ways(inputs: Mapping[str, Any]) -> list[_Way]:
+    """The user's call as it is comes first; where it does not say what to make, it gets a prompt from the start."""
+    prompts = (False,) if any(name.startswith("prompt") for name in inputs) else (False, True) if speaks(inputs) else (True,)
+    fills = [*((prompt, False) for prompt in prompts), (prompts[-1], True)]
+    return [_Way(prompt, images, again) for again in (False, True) for prompt, images in fills]
 
 
 @dataclass(slots=True)
@@ -34,7 +47,7 @@ class DryRun:
     workload: Workload
     inputs: Mapping[str, Any] = field(default_factory=dict)
     _sessions: dict[tuple[str | None, int], tuple[Session, PipelineTrace]] = field(default_factory=dict)
-    _how: tuple[bool, bool] | None = None
+    _way: _Way | None = None
 
     def __post_init__(self) -> None:
         self.workload = complete_workload(self.pipe, self.workload, self.inputs)
@@ -52,7 +65,10 @@ class DryRun:
     def _traced(self, dtype: str | None, batch: int, modes: tuple[VaeMode, ...]) -> PipelineTrace:
         key = (dtype, batch)
         if key not in self._sessions:
-            self._sessions[key] = self._run(dtype, batch)
+            ran = self._run(dtype, batch)
+            if batch < self.workload.batch_size:
+                _check_share(self.trace(dtype), ran[1])
+            self._sessions[key] = ran
         session, trace = self._sessions[key]
         wanted = {mode.text: mode for mode in modes if mode.text and mode.text not in trace.modes}
         for index, invocation in enumerate(session.invocations):
@@ -65,22 +81,22 @@ class DryRun:
             self._sessions[key] = session, trace
         return trace
 
-    def _arguments(self, batch: int, with_images: bool) -> dict[str, Any]:
+    def _arguments(self, batch: int, way: _Way) -> dict[str, Any]:
         """The whole call's arguments, or the first share of it where ``batch`` is a part of the workload's."""
         whole = self.workload.batch_size
         if batch >= whole or whole % batch:
-            return call_arguments(self.pipe, self.workload.model_copy(update={"batch_size": batch}), self.inputs, with_images)
-        return share(call_arguments(self.pipe, self.workload, self.inputs, with_images), whole // batch)[0]
+            workload = self.workload.model_copy(update={"batch_size": batch})
+            return call_arguments(self.pipe, workload, self.inputs, way.images, way.prompt)
+        return share(call_arguments(self.pipe, self.workload, self.inputs, way.images, way.prompt), whole // batch)[0]
 
     def _run(self, dtype: str | None, batch: int) -> tuple[Session, PipelineTrace]:
-        attempts = [self._how] if self._how else _ATTEMPTS
         failures: list[Exception] = []
-        for with_images, again in attempts:
-            session = Session.of(self.pipe, again)
+        for way in [self._way] if self._way else _ways(self.inputs):
+            session = Session.of(self.pipe, way.again)
             if dtype is not None:
                 cast_meta(session, dtype)
             try:
-                arguments = self._arguments(batch, with_images)
+                arguments = self._arguments(batch, way)
                 trace = session.run(arguments)
             except PlannerError:
                 raise
@@ -88,13 +104,33 @@ class DryRun:
                 failures.append(error)
                 logger.debug("dry run failed", exc_info=True)
                 continue
-            self._how = with_images, again
-            return session, replace(trace, batch_size=batch, dtype=dtype or _dtype_of(session.pipe), notes=_notes(with_images, again))
+            self._way = way
+            remember_needs(self.pipe, self.inputs, way.prompt, way.images)
+            return session, replace(trace, batch_size=batch, dtype=dtype or _dtype_of(session.pipe), notes=_notes(way, speaks(self.inputs)))
         reasons = list(dict.fromkeys(f"{type(error).__name__}: {_first_line(error)}" for error in failures))
         raise UnsupportedPipeline(
             f"{type(self.pipe).__name__}: its call did not get through the dry run: {'; and tried otherwise, '.join(reasons[:2])}. "
             "Pass the arguments of your own call as inputs={…}; if it still stops, please report it with that message."
         ) from failures[0]
+
+
+_EQUAL_WORK = 0.98
+"""Shares repeat what a call does once, so together they do at least its work; less than this fraction means something was lost."""
+
+
+def _check_share(whole: PipelineTrace, part: PipelineTrace) -> None:
+    """A share of the batch must do its part of the work and make its part of the output.
+
+    Raises UsageError where it does not: a list among the arguments (reference pictures, say) is then not one entry per sample.
+    """
+    parts = whole.batch_size // part.batch_size
+    work, made = (sum(trace.calls[event.call].total_flops for event in trace.events) for trace in (whole, part))
+    outputs = [trace.output_shape[0] if trace.output_shape else 0 for trace in (whole, part)]
+    if parts * made < _EQUAL_WORK * work or parts * outputs[1] != outputs[0]:
+        raise UsageError(
+            f"the batch does not split: {parts} calls with a share of the arguments each would do {parts * made:.3g} operations and "
+            f"make {parts * outputs[1]} outputs instead of {work:.3g} and {outputs[0]}; some argument is not one entry per sample."
+        )
 
 
 def _add_variant(session: Session, trace: PipelineTrace, call: int, module: Any, mode: VaeMode) -> None:
@@ -105,29 +141,36 @@ def _add_variant(session: Session, trace: PipelineTrace, call: int, module: Any,
         trace.refused[call, mode.text] = f"{type(error).__name__}: {_first_line(error)}"
 
 
-def _notes(with_images: bool, again: bool) -> tuple[str, ...]:
-    found = ["image arguments were filled with stand-in pictures of the default size"] if with_images else []
-    if again:
+def _notes(way: _Way, gave: bool) -> tuple[str, ...]:
+    found = ["image arguments were filled with stand-in pictures of the default size"] if way.images else []
+    if way.prompt and gave:
+        found.append("the arguments give no prompt and the call needs one: a stand-in was used")
+    if way.again:
         found.append("a component keeps state between calls: every call was executed, not only the first of its kind")
     return tuple(found)
 
 
 def cast_meta(session: Session, dtype: str) -> None:
     """Cast the floating weights of a shadow pipeline, keeping what the class keeps in fp32 (``_keep_in_fp32_modules``)."""
+    wanted = parse_dtypes(dtype)
+    for component, module in session.modules.items():
+        name = wanted.parts.get(component) or wanted.base
+        if name is not None:
+            _cast_module(module, name)
+
+
+def _cast_module(module: Any, dtype: str) -> None:
     target = TORCH_DTYPES[dtype]
-    for module in session.modules.values():
-        keep = tuple(getattr(module, "_keep_in_fp32_modules", None) or ())
-        library = type(module).__module__.split(".")[0]
-        if library == "transformers" and dtype != "fp16":
-            keep = ()
-        for name, parameter in module.named_parameters():
-            if parameter.is_floating_point() and parameter.dtype.itemsize > 1:
-                wanted = torch.float32 if any(part in name.split(".") for part in keep) else target
-                parameter.data = parameter.data.to(wanted)
-        for part in module.modules():
-            for name, buffer in part._buffers.items():
-                if buffer is not None and buffer.is_floating_point():
-                    part._buffers[name] = buffer.to(target)
+    library = type(module).__module__.split(".")[0]
+    keep = () if library == "transformers" and dtype != "fp16" else tuple(getattr(module, "_keep_in_fp32_modules", None) or ())
+    for name, parameter in module.named_parameters():
+        if parameter.is_floating_point() and parameter.dtype.itemsize > 1:
+            wanted = torch.float32 if any(part in name.split(".") for part in keep) else target
+            parameter.data = parameter.data.to(wanted)
+    for part in module.modules():
+        for name, buffer in part._buffers.items():
+            if buffer is not None and buffer.is_floating_point():
+                part._buffers[name] = buffer.to(target)
 
 
 def _dtype_of(pipe: Any) -> str:

@@ -13,8 +13,21 @@ from .image_dit import flux_parts
 from .image_staged import if_parts, noise, prior, prior_scheduler
 from .image_unet import sd_parts, without
 from .other import pixel_unet
-from .parts import UNET, clip_of_pictures, controlnet, flow_vae, hole, picture, unet
-from .text import WIDTH, clip_text, clip_text_projected, clip_tokenizer, qwen3_model, qwen25_vl, qwen_tokenizer, t5_encoder, t5_tokenizer
+from .parts import UNET, clip_of_pictures, controlnet, flow_vae, hole, picture, unet, vae
+from .text import (
+    TEXT_VOCABULARY,
+    WIDTH,
+    clip_images,
+    clip_text,
+    clip_text_projected,
+    clip_tokenizer,
+    clip_vision,
+    qwen3_model,
+    qwen25_vl,
+    qwen_tokenizer,
+    t5_encoder,
+    t5_tokenizer,
+)
 from .video import hunyuan_video, stand_in_for_ftfy, video_call, wan_parts
 
 SHORT: dict[str, Any] = {"max_sequence_length": 48}
@@ -78,6 +91,33 @@ def semantic_guidance() -> Any:
 @family("image_unet", lambda: call(prompt=..., image=picture(), processing_resolution=0), output="prediction")
 def marigold_normals() -> Any:
     return df.MarigoldNormalsPipeline(**without(sd_parts(unet=unet(in_channels=8)), *PLAIN), prediction_type="normals")
+
+
+def unidiffuser_call() -> dict[str, Any]:
+    """Neither prompt nor picture: both are made, from latents that are given."""
+    return call(prompt=..., height=32, width=32, prompt_latents=noise(1, 77, WIDTH), vae_latents=noise(1, 4, 16, 16),
+                clip_latents=noise(1, 1, WIDTH))  # fmt: skip
+
+
+@family("other", unidiffuser_call)
+def unidiffuser() -> Any:
+    """What it makes depends on which arguments it is given."""
+    parts = importlib.import_module("diffusers.pipelines.deprecated.unidiffuser")
+    model = parts.UniDiffuserModel(
+        text_dim=16, clip_img_dim=WIDTH, num_text_tokens=77, num_attention_heads=2, attention_head_dim=8, in_channels=4,
+        out_channels=4, num_layers=2, norm_num_groups=4, sample_size=16, patch_size=2, activation_fn="gelu", num_embeds_ada_norm=1000,
+        norm_type="layer_norm", block_type="unidiffuser", use_timestep_embedding=False, ff_final_dropout=True, use_data_type_embedding=True,
+        use_patch_pos_embed=False)  # fmt: skip
+    decoder = parts.UniDiffuserTextDecoder(
+        prefix_length=77, prefix_inner_dim=WIDTH, prefix_hidden_dim=16, vocab_size=TEXT_VOCABULARY, n_positions=200, n_embd=WIDTH,
+        n_layer=2, n_head=4, n_inner=37)  # fmt: skip
+    tokenizer = qwen_tokenizer()
+    tokenizer.eos_token = "<|endoftext|>"
+    return df.UniDiffuserPipeline(
+        unet=model, text_decoder=decoder, vae=vae(), text_encoder=clip_text(), image_encoder=clip_vision(),
+        clip_image_processor=clip_images(), clip_tokenizer=clip_tokenizer(), text_tokenizer=tokenizer,
+        scheduler=df.DPMSolverMultistepScheduler(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear",
+                                                 solver_order=3))  # fmt: skip
 
 
 @family("other", lambda: {"image": noise(1, 3, 16, 16), "mask_image": torch.ones(1, 3, 16, 16), "num_inference_steps": 4,
