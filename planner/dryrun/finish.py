@@ -22,7 +22,9 @@ def finish(frame: Frame, component: str, method: str, input_bytes: int, output_b
     spans = list(zip(frame.born, ends, frame.bytes, strict=True))
     _fill_live(frame, _LIVE, spans)
     _fuse(frame)
-    columns = columns_from_rows([tuple(row) for row in frame.rows], _unfold(frame))
+    times = _unfold(frame)  # before the rows are copied: it adds to them
+    spans += [(fold.start, fold.end, fold.extra_bytes) for fold in frame.folds.values() if fold.extra_bytes]
+    columns = columns_from_rows([tuple(row) for row in frame.rows], times)
     return CallTrace(component, method, columns, tuple(frame.modules), tuple(frame.shapes),
                      output_bytes, input_bytes, tuple(sorted(frame.fallbacks)), np.array(spans, dtype=np.int64).reshape(-1, 3))  # fmt: skip
 
