@@ -58,12 +58,11 @@ def _batch(pipe: Any, asked: int, inputs: Mapping[str, Any]) -> int:
 
 
 _NEEDED: dict[tuple[type, frozenset[str]], tuple[bool, bool]] = {}
-"""What calls of a class turned out to need besides the arguments named: a prompt, pictures. Known after their dry run."""
+"""What calls of a class turned out to need besides the arguments that say what to make: a prompt, pictures. Known after a dry run."""
 
 
 def _asked(pipe: Any, inputs: Mapping[str, Any]) -> tuple[type, frozenset[str]]:
-    names = {name for name, value in inputs.items() if value is not None}
-    return type(pipe), frozenset(names - {"generator", *_SIZES})
+    return type(pipe), frozenset(name for name, value in inputs.items() if _says_what(name, value))
 
 
 def remember_needs(pipe: Any, inputs: Mapping[str, Any], with_prompt: bool, with_images: bool) -> None:
@@ -73,10 +72,12 @@ def remember_needs(pipe: Any, inputs: Mapping[str, Any], with_prompt: bool, with
 
 def speaks(inputs: Mapping[str, Any]) -> bool:
     """Whether the arguments say what to make: a prompt, a picture, embeddings, latents; not only how."""
-    return any(_says_what(name, value) for name, value in inputs.items() if not name.startswith("negative"))
+    return any(_says_what(name, value) for name, value in inputs.items())
 
 
 def _says_what(name: str, value: Any) -> bool:
+    if name.startswith("negative"):
+        return False
     if isinstance(value, list | tuple):
         return any(_says_what(name, item) for item in value)
     if isinstance(value, str):
