@@ -376,13 +376,13 @@ def profiles_command(as_json: option.Json = False) -> None:
 
 def _settings(pairs: list[str] | None) -> dict[str, Any]:
     """``KNOB=VALUE`` pairs. Raises UsageError, also for a knob given twice with different values."""
-    from planner.knobs import parse_setting
+    from planner.knobs import parse_setting, parse_settings
 
     chosen: dict[str, Any] = {}
     for name, value in map(parse_setting, pairs or ()):
         if chosen.setdefault(name, value) != value:
             raise UsageError(f"{name} is given twice, as {chosen[name]} and as {value}; give it once.")
-    return chosen
+    return parse_settings(chosen)
 
 
 def _workload(batch_size: int, height: int | None, width: int | None, frames: int | None, steps: int | None,

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
 from planner.cost.estimate import estimate_of
 from planner.cost.model import CostModel
-from planner.errors import NoFeasiblePlan, UsageError
-from planner.knobs import knob, normalize, to_python, violations
+from planner.errors import NoFeasiblePlan, UnsupportedPipeline, UsageError
+from planner.knobs import knob, normalize, parse_settings, to_python, violations
 from planner.knobs.base import Context
 from planner.outcome import Outcome, choose, explain_choice
 from planner.plan import FrontierPoint, Plan, SearchCounts, WhatIf
@@ -49,10 +50,11 @@ def decide(source: ModelSource, traces: Traces, model: CostModel, request: Reque
         barred = {name: dict.fromkeys(values, NOT_NEEDED) for name, values in stage.items()}
         for name, values in (excluded or {}).items():
             barred[name] = barred.get(name, {}) | dict.fromkeys(values, "ruled out after a plan with it did not hold")
-        space = build_space(context, model, fix=request.fix, calls=request.calls or USUAL_CALLS, host_bytes=host, excluded=barred)
-        chosen = choose(space, request.objective, split_margin=split_margin)
-        if chosen is not None and _good_enough(space, chosen, margin):
-            break
+        with _blaming_dtype(parse_settings(request.fix or {}).get("dtype"), context):
+            space = build_space(context, model, fix=request.fix, calls=request.calls or USUAL_CALLS, host_bytes=host, excluded=barred)
+            chosen = choose(space, request.objective, split_margin=split_margin)
+            if chosen is not None and _good_enough(space, chosen, margin):
+                break
     outcome = explain_choice(space, chosen)
     if chosen is None:
         raise _nothing_fits(space, model, outcome)
@@ -100,7 +102,19 @@ def settings_estimate(traces: Traces, model: CostModel, settings: Settings, qual
         name, value, reason, source = broken[0]
         raise UsageError(f"{name}={value} cannot be used here: {reason} [{source}].")
     full = normalize(settings, context)
-    return estimate_of(model, recipe_of(full, context))
+    with _blaming_dtype(full["dtype"], context):
+        return estimate_of(model, recipe_of(full, context))
+
+
+@contextlib.contextmanager
+def _blaming_dtype(dtype: KnobValue | None, context: Context) -> Iterator[None]:
+    """A dry run that fails in a dtype which the user asked for says so, first of all where components differ in it."""
+    try:
+        yield
+    except UnsupportedPipeline as error:
+        if dtype in (None, context.facts.dtype):
+            raise
+        raise UsageError(f"dtype={dtype} cannot be used here: {error}") from error
 
 
 def context_for(traces: Traces, device: Device, quality: Quality) -> Context:

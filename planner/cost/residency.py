@@ -9,9 +9,10 @@ import numpy as np
 
 from planner.cost.quantized import IMMOVABLE, leaf_bytes
 from planner.dryrun.trace import CallTrace, Ints, PipelineTrace
+from planner.dtypes import parse_dtypes
 from planner.facts import ComponentFacts, Leaf, PipelineFacts
 from planner.recipe import Recipe
-from planner.types import DTYPE_BYTES
+from planner.types import DTYPE_BYTES, DTYPES
 
 _WINDOWED = ("sequential", "group_block", "group_leaf")
 _THROUGH_FORWARD = ("forward", "generate")
@@ -72,6 +73,7 @@ def resting_bytes(facts: PipelineFacts, trace: PipelineTrace) -> dict[str, int]:
 
 
 def _cast_bytes(component: ComponentFacts, dtype: str) -> int:
+    dtype = parse_dtypes(dtype).of(component.name, component.dtype) if dtype in DTYPES or "=" in dtype else dtype
     if component.quantization or component.dtype == dtype:
         return component.weight_bytes
     return round(component.weight_bytes * DTYPE_BYTES.get(dtype, 4) / DTYPE_BYTES.get(component.dtype, 4))

@@ -74,16 +74,43 @@ def knob(name: str) -> Knob:
 
 
 def parse_setting(text: str) -> tuple[str, KnobValue]:
-    """``"offload=model"`` as name and value, checked. Raises UsageError."""
+    """``"offload=model"`` or ``"vae.dtype=fp32"`` as name and value, checked. Raises UsageError."""
     name, equals, value = text.partition("=")
     if not equals or not value.strip():
         raise UsageError(f"{text!r}: write KNOB=VALUE, such as offload=model.")
-    return name.strip(), knob(name.strip()).check(value.strip())
+    plain, spelled = _of_component(name.strip(), value.strip())
+    checked = knob(plain).check(spelled)
+    return name.strip(), checked if plain == name.strip() else value.strip()
 
 
 def parse_settings(settings: Settings) -> dict[str, KnobValue]:
-    """Settings from a caller or a file: known knobs, values in canonical form. Raises UsageError."""
-    return {name: knob(name).check(value) for name, value in settings.items()}
+    """Settings from a caller or a file: known knobs, values in canonical form. Raises UsageError.
+
+    ``component.knob`` is read as part of the knob's own value: ``vae.dtype: fp32`` beside ``dtype: bf16`` is
+    ``dtype: bf16,vae=fp32``.
+    """
+    found: dict[str, KnobValue] = {}
+    for given, value in sorted(settings.items(), key=lambda item: "." in item[0]):
+        name, spelled = _of_component(given, value)
+        if name != given and found.get(name, "none") != "none":
+            spelled = f"{found[name]},{spelled}"
+        found[name] = knob(name).check(spelled)
+    return found
+
+
+BY_COMPONENT = ("dtype", "quantization")
+"""Knobs whose value may differ from component to component."""
+
+
+def _of_component(name: str, value: KnobValue) -> tuple[str, KnobValue]:
+    """``vae.dtype`` and ``fp32`` as ``dtype`` and ``vae=fp32``; a plain name as it is. Raises UsageError."""
+    component, dot, plain = name.rpartition(".")
+    if not dot:
+        return name, value
+    if plain not in BY_COMPONENT:
+        known = knob(plain).name
+        raise UsageError(f"{known} cannot be set for {component} alone; {' and '.join(BY_COMPONENT)} can.")
+    return plain, f"{component}={value}"
 
 
 def defaults(context: Context) -> dict[str, KnobValue]:

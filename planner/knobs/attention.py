@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from planner.dtypes import parse_dtypes
 from planner.facts import ComponentFacts
 from planner.knobs.base import Conflict, Context, Knob, Site, Undo
 from planner.knobs.words import as_word
 from planner.recipe import Attention as Kernel
 from planner.recipe import Recipe
-from planner.types import KnobValue, Quality
+from planner.types import KnobValue, Quality, Settings
 
 VANILLA = {"AttnProcessor2_0": "AttnProcessor", "AttnAddedKVProcessor2_0": "AttnAddedKVProcessor"}
 """SDPA processor class to the one that writes out the scores (diffusers attention_processor.py)."""
@@ -114,6 +115,12 @@ class Attention(Knob):
             sliced = any(component.has_attention_slice for component in context.facts.components)
             return None if sliced else f"no component of {name} has set_attention_slice, diffusers ignores the call"
         return _refuse_backend(str(value), BACKENDS[str(value)], context)
+
+    def clash(self, value: KnobValue, settings: Settings, context: Context) -> Conflict | None:
+        """The same as above where single components have a dtype of their own."""
+        wanted = parse_dtypes(str(settings.get("dtype", context.facts.dtype)))
+        single = wanted.parts and any(wanted.of(part.name, part.dtype) == "fp32" for part in _denoisers(context))
+        return self.conflicts[0] if value in HALF_ONLY and single else None
 
     def shape(self, recipe: Recipe, value: KnobValue, context: Context) -> Recipe:
         if value == "sdpa":

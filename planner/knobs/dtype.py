@@ -1,10 +1,10 @@
-"""``dtype``: the floating type of all components, modules that must stay in float32 respected."""
+"""``dtype``: the floating type of all components or of single ones, modules that must stay in float32 respected."""
 
 from __future__ import annotations
 
+from planner.dtypes import parse_dtypes
 from planner.facts import ComponentFacts
 from planner.knobs.base import Context, Knob, Site, Undo
-from planner.knobs.words import as_word
 from planner.recipe import Recipe
 from planner.types import DTYPES, KnobValue, Quality
 
@@ -20,13 +20,17 @@ FP16_BREAKS = {
 
 
 class Dtype(Knob):
-    """fp32, fp16 or bf16 for the whole pipeline: most pipelines demand one dtype of encoder, denoiser and VAE."""
+    """fp32, fp16 or bf16 for the whole pipeline, or ``bf16,vae=fp32`` with single components in another.
+
+    Most pipelines demand one dtype of encoder, denoiser and VAE, so the search tries whole pipelines only; a mix that the
+    user asks for is refused where the dry run does not get through with it.
+    """
 
     name = "dtype"
     stage = 20
 
     def check(self, value: KnobValue) -> KnobValue:
-        return as_word(self.name, value, DTYPES)
+        return parse_dtypes(str(value)).text
 
     def values(self, context: Context) -> tuple[KnobValue, ...]:
         now = context.facts.dtype
@@ -34,22 +38,27 @@ class Dtype(Knob):
         return (now, *others)
 
     def quality(self, value: KnobValue, context: Context) -> Quality:
-        return "exact" if value == context.facts.dtype else "lossless"
+        return "exact" if not _changed(value, context) else "lossless"
 
     def refuse(self, value: KnobValue, context: Context) -> str | None:
-        if value == context.facts.dtype:
+        known = [part.name for part in context.facts.components]
+        unknown = [name for name in parse_dtypes(str(value)).parts if name not in known]
+        if unknown:
+            return f"{context.facts.class_name} has no component {unknown[0]!r}; it has {', '.join(known)}"
+        changed = _changed(value, context)
+        if not changed:
             return None
-        quantized = [component.name for component in context.facts.components if component.quantization]
+        quantized = [part.name for part in context.facts.components if part.quantization]
         if quantized:
             return f"{', '.join(quantized)}: already quantized, `.to(dtype)` raises or casts only a part"
         if context.facts.offload != "none":
             return f"the pipeline already runs under {context.facts.offload} offload, whose host copies keep the old dtype"
-        if value == "bf16":
-            return _refuse_bf16(context)
-        return _refuse_fp16(context) if value == "fp16" else None
+        bf16 = _refuse_bf16(context) if "bf16" in changed.values() else None
+        fp16 = [part for part in context.facts.components if changed.get(part.name) == "fp16"]
+        return bf16 or (_refuse_fp16(context, fp16) if fp16 else None)
 
     def shape(self, recipe: Recipe, value: KnobValue, context: Context) -> Recipe:
-        return recipe if value == context.facts.dtype else recipe.but(dtype=value)
+        return recipe.but(dtype=value) if _changed(value, context) else recipe
 
     def apply(self, site: Site, value: KnobValue) -> Undo:
         from planner.knobs import live
@@ -60,15 +69,29 @@ class Dtype(Knob):
 
         from planner.knobs import live_cast
 
-        return live_cast.cast(site, getattr(torch, TORCH_NAMES[str(value)]))
+        wanted = parse_dtypes(str(value))
+        given = {part.name: wanted.parts.get(part.name) or wanted.base for part in site.facts.components}
+        return live_cast.cast(site, {name: getattr(torch, TORCH_NAMES[dtype]) for name, dtype in given.items() if dtype})
 
     def to_python(self, value: KnobValue, context: Context) -> tuple[str, ...]:
         if value == context.facts.dtype:
             return ()
-        dtype, parts = TORCH_NAMES[str(value)], context.facts.components
+        wanted, parts = parse_dtypes(str(value)), context.facts.components
+        if wanted.parts:
+            chosen = [(part, wanted.parts.get(part.name) or wanted.base) for part in parts]
+            return tuple(_statement(part, each, TORCH_NAMES[each]) for part, each in chosen if each)
+        dtype = TORCH_NAMES[str(value)]
         if value == "fp32" or not any(part.library == "transformers" or _kept(part, str(value)) for part in parts):
             return (f"pipe.to(torch.{dtype})",)
         return tuple(_statement(part, str(value), dtype) for part in parts)
+
+
+def _changed(value: KnobValue, context: Context) -> dict[str, str]:
+    """Components that get another dtype than they have, by name. A plain word that is the pipeline's own changes nothing."""
+    wanted = parse_dtypes(str(value))
+    base = None if wanted.base == context.facts.dtype else wanted.base
+    given = {part.name: (wanted.parts.get(part.name) or base, part.dtype) for part in context.facts.components}
+    return {name: dtype for name, (dtype, now) in given.items() if dtype and dtype != now}
 
 
 def _kept(part: ComponentFacts, value: str) -> tuple[str, ...]:
@@ -96,10 +119,10 @@ def _refuse_bf16(context: Context) -> str | None:
     return None
 
 
-def _refuse_fp16(context: Context) -> str | None:
+def _refuse_fp16(context: Context, parts: list[ComponentFacts]) -> str | None:
     if context.device.kind == "cpu":
         return "float16 on a CPU is converted to float32 and back in most kernels; bf16 needs as little memory"
-    for component in context.facts.components:
+    for component in parts:
         for prefix, reason in FP16_BREAKS.items():
             if component.class_name.startswith(prefix):
                 return f"{component.name} ({component.class_name}): {reason}"

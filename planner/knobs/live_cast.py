@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import nn
@@ -13,15 +13,15 @@ from planner.knobs.live import modules_of, reversible, tensor_slots
 HALF = (torch.float16, torch.bfloat16)
 
 
-def cast(site: Site, dtype: torch.dtype) -> Undo:
-    """Cast all components in place. The originals stay in host memory until undone."""
+def cast(site: Site, dtypes: Mapping[str, torch.dtype]) -> Undo:
+    """Cast components, given by name, in place. The originals stay in host memory until undone."""
     kept: list[tuple[torch.Tensor, torch.Tensor, torch.device]] = []
 
     def change() -> None:
-        for module in modules_of(site).values():
-            for tensor in castable(module, dtype):
+        for name, module in modules_of(site).items():
+            for tensor in castable(module, dtypes[name]) if name in dtypes else ():
                 original, device = tensor.data, tensor.device
-                cast_tensor = original.to(dtype)
+                cast_tensor = original.to(dtypes[name])
                 kept.append((tensor, original.to("cpu"), device))
                 tensor.data = cast_tensor
 

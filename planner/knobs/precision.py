@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from planner.dtypes import parse_dtypes
 from planner.knobs.base import Context, Knob, Site, Undo
 from planner.knobs.words import as_flag
 from planner.recipe import Recipe
@@ -31,7 +32,8 @@ class Tf32(Knob):
 
     def settle(self, value: KnobValue, settings: Settings, context: Context) -> KnobValue:
         """Without float32 matmuls the switch changes nothing."""
-        return value if settings.get("dtype", context.facts.dtype) == "fp32" else False
+        wanted = parse_dtypes(str(settings.get("dtype", context.facts.dtype)))
+        return value if any(wanted.of(part.name, part.dtype) == "fp32" for part in context.facts.components) else False
 
     def shape(self, recipe: Recipe, value: KnobValue, context: Context) -> Recipe:
         return recipe.but(tf32=bool(value))
