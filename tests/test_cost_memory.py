@@ -50,10 +50,13 @@ def test_layout_copies_of_16_bit_convolutions(images: int, channels: int, out: i
     assert convolution_bytes(call, H100, Recipe()).tolist() == [copied_mib * MIB + channels * out * 9 * 2], "and the weight's copy"
 
 
-def test_tf32_convolutions_copy_their_input_only_and_plain_fp32_nothing() -> None:
+def test_large_tf32_convolutions_copy_their_input_only_and_plain_fp32_nothing() -> None:
     call = convolution(1, 256, 256, 1024, "fp32", 4)
     assert convolution_bytes(call, H100, Recipe()).tolist() == [1024 * MIB + 256 * 256 * 9 * 4]
+    assert convolution_bytes(call, H100, Recipe(), most=True).tolist() == [2048 * MIB + 256 * 256 * 9 * 4]
     assert convolution_bytes(call, T4, Recipe()).tolist() == [0], "Turing has no TF32"
+    half = convolution(1, 256, 128, 1024, "fp32", 4)
+    assert convolution_bytes(half, H100, Recipe()).tolist() == [(1024 + 512) * MIB + 256 * 128 * 9 * 4]
 
 
 def test_channels_last_spares_the_output_copy() -> None:

@@ -43,15 +43,18 @@ def uses_channels_last_kernels(device: Device, call: CallTrace) -> Ints:
 
 DIRECT_OUTPUT_LIMIT = 1 << 38
 """Output elements times output channels from which 16-bit convolutions write NCHW themselves. Source: see below."""
+DIRECT_TF32_LIMIT = 1 << 36
+"""The same for TF32. Source: see below."""
 
 
 def convolution_bytes(call: CallTrace, device: Device, recipe: Recipe, *, most: bool = False) -> Ints:
     """NHWC copies that cuDNN makes in its workspace for NCHW tensors: of a convolution's input, and mostly of its output.
 
-    TF32 kernels read NHWC and write NCHW (``..._nhwckrsc_nchw_...``), so the output needs no copy; so do the kernels that
-    16-bit convolutions get once the output is large. Sources: published decode peaks of one VAE architecture at 512x512 to
-    1024x1024, batch 1 to 16, in fp16, bf16 (FLUX on an H100, SD 2.1, PixArt, AnimateDiff) and fp32 (SDXL): each peak is
-    liveness plus these copies within 1 %; the limit is where they change between batches 1, 4, 8 and 16 of FLUX.
+    Kernels that read NHWC and write NCHW (``..._nhwckrsc_nchw_...``) take over once the output is large. Sources: published
+    decode peaks of one VAE architecture at 512x512 to 1024x1024, batch 1 to 16, in fp16, bf16 (FLUX on an H100, SD 2.1, PixArt,
+    AnimateDiff) and fp32 (SDXL): each allocated peak is liveness plus these copies within 2 %. The 16-bit limit is where they
+    change between batches 1, 4, 8 and 16 of FLUX; the one of TF32 between the SDXL decoder's last upsampling at 1024x1024, which
+    cannot have copied its output, and smaller convolutions, without whose copies 2 to 3 GiB that it reserves are missing.
     Algorithms that a search settled on write NCHW, too (ONNX Runtime's SD 1.5 table, second runs).
     Under ``channels_last`` the output needs no copy; the input still does, for group norm hands it over in NCHW.
     Beside the tensors lies the weight in the kernel's own order, which is how these kernels' names begin (``nhwckrsc``).
@@ -66,7 +69,8 @@ def convolution_bytes(call: CallTrace, device: Device, recipe: Recipe, *, most: 
     input_bytes = np.maximum(call.read_bytes - call.param_bytes, 0)
     out_elements = dims[:, 0] * dims[:, 2] * dims[:, 3]
     searched = recipe.cudnn_benchmark and recipe.settled
-    copies_output = np.isin(call.dtype, _SIXTEEN_BIT) & (out_elements * dims[:, 3] < DIRECT_OUTPUT_LIMIT)
+    limit = np.where(np.isin(call.dtype, _SIXTEEN_BIT), DIRECT_OUTPUT_LIMIT, DIRECT_TF32_LIMIT)
+    copies_output = out_elements * dims[:, 3] < limit
     copies_output = (copies_output & (not searched) | most) & (not recipe.channels_last)
     weight_bytes = 0 if recipe.channels_last else call.param_bytes
     return nhwc * (input_bytes + copies_output * out_elements * dtype_bytes(call) + weight_bytes)
