@@ -8,10 +8,11 @@ from typing import Any
 
 from planner.calibrate import Calibration, calibration_for
 from planner.cost.model import CostModel
-from planner.decide import decide, settings_estimate
+from planner.cost.residency import Known
+from planner.decide import decide, glance, settings_estimate
 from planner.dryrun.provider import Traces
 from planner.errors import NoFeasiblePlan, UnsupportedPipeline, UsageError
-from planner.growth import grow
+from planner.growth import grow, grown
 from planner.models import ModelSource, resolve
 from planner.plan import Plan
 from planner.probing import Prober
@@ -79,7 +80,7 @@ def autoplan(
     say("tracing the pipeline on meta")
     calibration = calibration_for(target, mode=_mode(calibrate))
     if objective == "throughput":
-        batch_size = _grown(source, target, request, calibration, inputs, batch_size)
+        batch_size = _best_batch(source, target, request, calibration, inputs, batch_size)
     traces = Traces.of(source, _workload(batch_size=batch_size), inputs)
     model = CostModel(traces, target, calibration.coefficients, traces.workload.batch_size)
     model.memory_scale, model.time_scale = calibration.corrections(source.digest)
@@ -115,7 +116,47 @@ def explain(model: Any, gpu: str | None = None, *, memory: int | str | None = No
         cost_model, traces = _model(source, target, calibrate, inputs, {**workload, **sizes})
         return decide(source, traces, cost_model, request)
 
-    return planned() if objective != "throughput" else grow(lambda batch: planned(batch_size=batch), workload.get("batch_size") or 1)
+    return planned() if objective != "throughput" else grown(lambda batch: planned(batch_size=batch), workload.get("batch_size") or 1)
+
+
+@dataclass(frozen=True, slots=True)
+class Glance:
+    """What a plan changes and what it is predicted to need, without reasons and alternatives."""
+
+    device: Device
+    batch_size: int
+    changes: dict[str, KnobValue]
+    predicted: Estimate
+
+
+class Glances:
+    """Plans of one model and workload on many devices: the traces, and what follows from them alone, are shared.
+
+    Takes the options of :func:`explain`; ``on`` raises as it does.
+    """
+
+    def __init__(self, model: Any, *, memory: int | str | None = None, host_memory: int | str | None = None, quality: Quality = "lossless",
+                 objective: Objective = "latency", calls: int | None = None, fix: Mapping[str, KnobValue] | None = None,
+                 calibrate: str = "auto", **workload: Any) -> None:  # fmt: skip
+        self._request = _request(quality, objective, calls, fix, host_memory)
+        self._source, self._memory, self._calibrate, self._workload = resolve(model), memory, calibrate, workload
+        self._traces: dict[int, tuple[Traces, Known]] = {}
+        self.model = self._source.name
+
+    def on(self, gpu: str | None) -> Glance:
+        """The plan on one device."""
+        target = target_for(gpu, self._memory, self._request.host_budget_bytes)
+        asked = self._workload.get("batch_size") or 1
+        if self._request.objective != "throughput":
+            return self._at(target, asked)
+        return grow(lambda batch: self._at(target, batch), asked)[1]
+
+    def _at(self, target: Device, batch: int) -> Glance:
+        if batch not in self._traces:
+            self._traces[batch] = Traces.of(self._source, _workload(**{**self._workload, "batch_size": batch})), Known()
+        traces, known = self._traces[batch]
+        model = _cost_model(traces, target, self._calibrate, known)
+        return Glance(target, traces.workload.batch_size, *glance(traces, model, self._request))
 
 
 def estimate(model: Any, gpu: str | None = None, settings: Mapping[str, KnobValue] | None = None, *, memory: int | str | None = None,
@@ -195,11 +236,15 @@ def _live(pipe: Any) -> ModelSource:
 def _model(source: ModelSource, target: Device, calibrate: str, inputs: Mapping[str, Any] | None,
            workload: Mapping[str, Any]) -> tuple[CostModel, Traces]:  # fmt: skip
     traces = Traces.of(source, _workload(**workload), inputs)
+    return _cost_model(traces, target, calibrate), traces
+
+
+def _cost_model(traces: Traces, target: Device, calibrate: str, known: Known | None = None) -> CostModel:
     calibration = calibration_for(target, mode="never" if _mode(calibrate) == "never" else "auto")
-    return CostModel(traces, target, calibration.coefficients, traces.workload.batch_size), traces
+    return CostModel(traces, target, calibration.coefficients, traces.workload.batch_size, known=known or Known())
 
 
-def _grown(source: ModelSource, target: Device, request: Request, calibration: Calibration, inputs: Mapping[str, Any] | None,
+def _best_batch(source: ModelSource, target: Device, request: Request, calibration: Calibration, inputs: Mapping[str, Any] | None,
            batch_size: int) -> int:  # fmt: skip
     """The batch that makes most samples a second, from ``batch_size`` on."""
 
@@ -207,7 +252,7 @@ def _grown(source: ModelSource, target: Device, request: Request, calibration: C
         traces = Traces.of(source, _workload(batch_size=batch), inputs)
         return decide(source, traces, CostModel(traces, target, calibration.coefficients, traces.workload.batch_size), request)
 
-    return grow(planned, batch_size).workload.batch_size
+    return grow(planned, batch_size)[0]
 
 
 def _probe(traces: Traces, model: CostModel, calibration: Calibration, calibrate: str, quality: Quality, say: Progress) -> Prober | None:

@@ -43,22 +43,38 @@ def decide(source: ModelSource, traces: Traces, model: CostModel, request: Reque
         NoFeasiblePlan: nothing fits; carries the leanest candidate and the missing bytes.
         UsageError: a fixed knob that is refused here.
     """
+    space, chosen = _search(traces, model, request, excluded or {})
+    outcome = explain_choice(space, chosen)
+    if chosen is None:
+        raise _nothing_fits(space, model, outcome)
+    return _plan(source, traces, model, request, space, chosen, outcome)
+
+
+def glance(traces: Traces, model: CostModel, request: Request) -> tuple[dict[str, KnobValue], Estimate]:
+    """What the plan of :func:`decide` changes and its estimate, without the reasons: for tables of many plans. Raises as it does."""
+    space, chosen = _search(traces, model, request, {})
+    if chosen is None:
+        raise _nothing_fits(space, model, explain_choice(space, None))
+    changes = {name: value for name, value in _plain(chosen.settings).items() if space.baseline[name] != value}
+    return changes, _estimate(model, space, chosen)
+
+
+def _search(traces: Traces, model: CostModel, request: Request,
+            excluded: Mapping[str, Collection[KnobValue]]) -> tuple[Space, Candidate | None]:  # fmt: skip
+    """The space that was searched last, and what is taken from it."""
     context = context_for(traces, model.device, request.quality)
     host = host_budget(request, model.device)
     split_margin = model.coefficients.latency_error / 2
     for stage, margin in stages(context, request, split_margin):
         barred = {name: dict.fromkeys(values, NOT_NEEDED) for name, values in stage.items()}
-        for name, values in (excluded or {}).items():
+        for name, values in excluded.items():
             barred[name] = barred.get(name, {}) | dict.fromkeys(values, "ruled out after a plan with it did not hold")
         with _blaming_dtype(parse_settings(request.fix or {}).get("dtype"), context):
             space = build_space(context, model, fix=request.fix, calls=request.calls or USUAL_CALLS, host_bytes=host, excluded=barred)
             chosen = choose(space, request.objective, split_margin=split_margin)
             if chosen is not None and _good_enough(space, chosen, margin):
                 break
-    outcome = explain_choice(space, chosen)
-    if chosen is None:
-        raise _nothing_fits(space, model, outcome)
-    return _plan(source, traces, model, request, space, chosen, outcome)
+    return space, chosen
 
 
 Stage = tuple[dict[str, list[KnobValue]], float]

@@ -3,38 +3,51 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol, TypeVar
 
 from planner.errors import NoFeasiblePlan, UsageError
 from planner.outcome import GAIN
 from planner.plan import Plan
+from planner.types import Estimate
 
 LARGEST_BATCH = 64
 """Assumed: beyond it no denoiser of an image is anything but compute-bound, and each doubling costs a dry run."""
 
 
-def grow(planned: Callable[[int], Plan], batch_size: int) -> Plan:
-    """The plan of the batch, doubled from ``batch_size`` on for as long as a sample takes less time by more than ``GAIN``.
+class Priced(Protocol):
+    """A plan, or a glance at one."""
 
-    ``planned`` makes the plan of one batch. Inputs that say how large the batch is (a list of prompts, an image each) end it.
+    @property
+    def predicted(self) -> Estimate: ...
+
+
+P = TypeVar("P", bound=Priced)
+
+
+def grow(planned: Callable[[int], P], batch_size: int) -> tuple[int, P]:
+    """The batch, doubled from ``batch_size`` on for as long as a sample takes less time by more than ``GAIN``, and its plan.
+
+    ``planned`` makes the plan of one batch. Inputs that say how large the batch is (a tensor with a row each) end the growth.
 
     Raises:
         NoFeasiblePlan, UsageError: what ``planned`` raises for ``batch_size`` itself.
     """
-    best = planned(batch_size)
-    while best.workload.batch_size * 2 <= LARGEST_BATCH:
+    batch, best = batch_size, planned(batch_size)
+    while batch * 2 <= LARGEST_BATCH:
         try:
-            larger = planned(best.workload.batch_size * 2)
+            larger = planned(batch * 2)
         except (NoFeasiblePlan, UsageError):
             break
-        if _sample_seconds(larger) * (1 + GAIN) > _sample_seconds(best):
+        if larger.predicted.latency_seconds * (1 + GAIN) > best.predicted.latency_seconds * 2:
             break
-        best = larger
-    grown = best.workload.batch_size
-    if grown == batch_size:
-        return best
-    told = f"the batch grew from {batch_size} to {grown} for throughput: call with {grown} samples, or use plan.run(pipe, …)"
-    return best.model_copy(update={"warnings": (told, *best.warnings)})
+        batch, best = batch * 2, larger
+    return batch, best
 
 
-def _sample_seconds(plan: Plan) -> float:
-    return plan.predicted.latency_seconds / plan.workload.batch_size
+def grown(planned: Callable[[int], Plan], batch_size: int) -> Plan:
+    """The plan of :func:`grow`, which tells of the batch if it is another."""
+    batch, plan = grow(planned, batch_size)
+    if batch == batch_size:
+        return plan
+    told = f"the batch grew from {batch_size} to {batch} for throughput: call with {batch} samples, or use plan.run(pipe, …)"
+    return plan.model_copy(update={"warnings": (told, *plan.warnings)})

@@ -6,7 +6,7 @@ import pytest
 
 from planner import explain
 from planner.errors import NoFeasiblePlan, UsageError
-from planner.growth import grow
+from planner.growth import grow, grown
 from planner.plan import Plan
 from tests.golden.cases import untouched
 from tests.zoo import FAMILIES
@@ -26,19 +26,19 @@ def planner_of(seconds: dict[int, float], end: type[Exception] = NoFeasiblePlan)
 
 
 def test_the_batch_doubles_while_a_sample_gets_faster_by_more_than_the_gain() -> None:
-    plan = grow(planner_of({1: 1.0, 2: 1.2, 4: 2.0, 8: 3.9, 16: 4.0}), 1)  # 1.0, 0.6, 0.5, 0.4875 seconds a sample
+    plan = grown(planner_of({1: 1.0, 2: 1.2, 4: 2.0, 8: 3.9, 16: 4.0}), 1)  # 1.0, 0.6, 0.5, 0.4875 seconds a sample
     assert plan.workload.batch_size == 4
     assert "grew from 1 to 4" in plan.warnings[0]
 
 
 @pytest.mark.parametrize("end", [NoFeasiblePlan, UsageError])
 def test_what_does_not_fit_or_contradicts_the_inputs_ends_the_growth(end: type[Exception]) -> None:
-    plan = grow(planner_of({3: 1.0, 6: 1.1}, end), 3)
-    assert plan.workload.batch_size == 6
+    batch, plan = grow(planner_of({3: 1.0, 6: 1.1}, end), 3)
+    assert batch == plan.workload.batch_size == 6
 
 
 def test_a_batch_that_is_not_grown_is_not_talked_about() -> None:
-    assert grow(planner_of({2: 1.0, 4: 2.0}), 2).warnings == untouched().warnings
+    assert grown(planner_of({2: 1.0, 4: 2.0}), 2).warnings == untouched().warnings
 
 
 def test_the_first_batch_must_be_plannable() -> None:
@@ -49,10 +49,10 @@ def test_the_first_batch_must_be_plannable() -> None:
 def test_a_launch_bound_pipeline_grows() -> None:
     pipe = FAMILIES["sd15"].build()
     sizes = {"height": 32, "width": 32, "num_inference_steps": 2}
-    grown = explain(pipe, "RTX 4090", objective="throughput", **sizes)
+    larger = explain(pipe, "RTX 4090", objective="throughput", **sizes)
     alone = explain(pipe, "RTX 4090", **sizes)
-    assert grown.workload.batch_size > 1
-    assert grown.predicted.latency_seconds / grown.workload.batch_size < alone.predicted.latency_seconds
+    assert larger.workload.batch_size > 1
+    assert larger.predicted.latency_seconds / larger.workload.batch_size < alone.predicted.latency_seconds
 
 
 def test_inputs_of_another_batch_are_refused_before_anything_grows() -> None:

@@ -12,7 +12,7 @@ from planner.cost.coefficients import Coefficients
 from planner.cost.condense import condensed
 from planner.cost.kernels import CallTime, call_time
 from planner.cost.quantized import LOADED_ON_DEVICE
-from planner.cost.residency import Known, Residency, component_bytes, residency
+from planner.cost.residency import Known, Residency, component_bytes, residency, vae_mode, variant_of
 from planner.cost.transfer import transfer_seconds
 from planner.cost.workspace import operator_bytes
 from planner.dryrun.trace import DTYPE_CODES, CallTrace, Ints, Kind, PipelineTrace, VaeMode
@@ -194,6 +194,8 @@ class CostModel:
     coefficients: Coefficients
     batch_size: int
     probes: Mapping[str, float] | None = None
+    known: Known = field(default_factory=Known)
+    """What was found out about single components; models of the same traces may share it, whatever their devices."""
     memory_scale: float = 1.0
     """Learned correction of activations and workspace for this device and pipeline (1: none)."""
     time_scale: float = 1.0
@@ -203,7 +205,6 @@ class CostModel:
     _times: dict[object, CallTime] = field(default_factory=dict)
     _roles: dict[str, str] = field(default_factory=dict)
     _residencies: dict[object, Residency] = field(default_factory=dict)
-    _known: Known = field(default_factory=Known)
     _least: dict[object, int] = field(default_factory=dict)
     _kept: dict[int, object] = field(default_factory=dict)
     _slim: dict[int, tuple[CallTrace, Ints]] = field(default_factory=dict)
@@ -253,7 +254,7 @@ class CostModel:
 
     def around_cost(self, trace: PipelineTrace, recipe: Recipe, placed: Residency) -> AroundCost:
         """What belongs to no component. Reads only the trace's and the offload's recipe fields, and ``steps_factor``."""
-        weights = component_bytes(self.traces.facts, trace, recipe, self._known)
+        weights = component_bytes(self.traces.facts, trace, recipe, self.known)
         return AroundCost(
             self._glue_peak(trace, placed), self._blas(trace), self._glue_seconds(trace, self._held(trace)[2], recipe),
             trace.to_host_bytes / self.coefficients.picture_bytes_per_second, self._placing_seconds(recipe, weights),
@@ -280,10 +281,7 @@ class CostModel:
 
     def variant(self, trace: PipelineTrace, index: int, recipe: Recipe) -> CallTrace:
         """The call as the recipe's VAE mode makes it."""
-        call, mode = trace.calls[index], vae_mode(recipe)
-        if mode is None or self.role(call.component) != "vae":
-            return call
-        return trace.variants.get((index, mode.text), call)
+        return variant_of(trace, index, recipe, self.traces.facts)
 
     def variants_of(self, trace: PipelineTrace, index: int, recipe: Recipe) -> tuple[Literal["", "channels_last", "vanilla"], ...]:
         """Layouts and attention kernels in which a call's operations can be probed; none when it is compiled."""
@@ -343,9 +341,9 @@ class CostModel:
     def residency(self, trace: PipelineTrace, recipe: Recipe) -> Residency:
         """The offload simulation for a recipe, shared by all recipes that place weights alike."""
         key = (self.key(trace), recipe.offload, recipe.offload_stream, recipe.offload_blocks, recipe.offload_disk, recipe.resident,
-               tuple(sorted(recipe.weights.items())), _placements(recipe))  # fmt: skip
+               tuple(sorted(recipe.weights.items())), _placements(recipe), vae_mode(recipe))  # fmt: skip
         if key not in self._residencies:
-            self._residencies[key] = residency(self.traces.facts, trace, recipe, self._known)
+            self._residencies[key] = residency(self.traces.facts, trace, recipe, self.known)
         return self._residencies[key]
 
     def held(self, trace: PipelineTrace) -> tuple[list[int], list[int]]:
@@ -441,13 +439,6 @@ class CostModel:
 def _placements(recipe: Recipe) -> tuple[object, ...]:
     """What distinguishes the offload of components with a recipe of their own."""
     return tuple((name, own.offload, own.offload_stream, own.offload_blocks) for name, own in sorted(recipe.only.items()))
-
-
-def vae_mode(recipe: Recipe) -> VaeMode | None:
-    """The VAE mode that a recipe asks for; None when it leaves the VAE as it is."""
-    if not recipe.vae_slicing and not recipe.vae_tiling:
-        return None
-    return VaeMode(slicing=bool(recipe.vae_slicing), tile_pixels=(recipe.vae_tile_pixels or 0) if recipe.vae_tiling else None)
 
 
 def _live_bytes(call: CallTrace, fused: bool) -> Ints:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from planner.errors import NoFeasiblePlan, PlannerError, UsageError
 from planner.explain import words
@@ -13,6 +13,9 @@ from planner.explain.layout import DEFAULT_WIDTH, table
 from planner.progress import Progress, silent
 from planner.types import Frozen, KnobValue
 from planner.units import format_bytes, format_seconds
+
+if TYPE_CHECKING:
+    from planner.autoplan import Glances
 
 SCHEMA = "planner.comparison/1"
 
@@ -43,6 +46,7 @@ def compare(models: Sequence[str] | None = None, gpus: Sequence[str] | None = No
         HardwareError, ProfileError: a GPU or model that is not known at all.
         UsageError: an option that no combination could have.
     """
+    from planner.autoplan import Glances
     from planner.hardware.profiles import find_gpu, load_gpus
     from planner.models import list_profiles, resolve
 
@@ -56,15 +60,14 @@ def compare(models: Sequence[str] | None = None, gpus: Sequence[str] | None = No
     cells = []
     for model in chosen_models:
         say(f"planning {model} on {len(chosen_gpus)} devices")
-        cells += [_cell(model, gpu, batch, request) for gpu in chosen_gpus for batch in batch_sizes]
+        glances = {batch: Glances(model, batch_size=batch, **request) for batch in batch_sizes}
+        cells += [_cell(model, gpu, batch, glances[batch]) for gpu in chosen_gpus for batch in batch_sizes]
     return tuple(cells)
 
 
-def _cell(model: str, gpu: str, batch: int, request: dict[str, Any]) -> Cell:
-    from planner.autoplan import explain
-
+def _cell(model: str, gpu: str, batch: int, glances: Glances) -> Cell:
     try:
-        plan = explain(model, gpu, batch_size=batch, **request)
+        seen = glances.on(gpu)
     except NoFeasiblePlan as error:
         short = f"short by {format_bytes(error.shortfall_bytes)}" if error.shortfall_bytes is not None else str(error)
         return Cell(model=model, gpu=gpu, batch_size=batch, shortfall_bytes=error.shortfall_bytes, reason=f"nothing fits, {short}")
@@ -72,10 +75,11 @@ def _cell(model: str, gpu: str, batch: int, request: dict[str, Any]) -> Cell:
         raise
     except PlannerError as error:
         return Cell(model=model, gpu=gpu, batch_size=batch, reason=str(error))
+    seconds = seen.predicted.latency_seconds
     return Cell(
-        model=plan.model, gpu=plan.device.name, batch_size=batch, budget_bytes=plan.device.budget_bytes, settings=plan.changes,
-        peak_allocated_bytes=plan.predicted.peak_allocated_bytes, latency_seconds=plan.predicted.latency_seconds,
-        samples_per_second=words.throughput(plan, plan.predicted),
+        model=glances.model, gpu=seen.device.name, batch_size=seen.batch_size, budget_bytes=seen.device.budget_bytes,
+        settings=seen.changes, peak_allocated_bytes=seen.predicted.peak_allocated_bytes, latency_seconds=seconds,
+        samples_per_second=seen.batch_size / seconds if seconds else None,
     )  # fmt: skip
 
 
