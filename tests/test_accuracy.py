@@ -90,6 +90,12 @@ def test_libraries_reach_other_layers_than_they_did() -> None:
     assert stored("dquant-015", "quanto_int8") == [50, 100]
 
 
+def test_calls_are_those_that_a_source_speaks_of() -> None:
+    known = cases()
+    counted = {row: known[row].calls for row in ("tao-flux-002", "sd3blog-002", "hfsdxl-003", "ort15-052", "lcm-001")}
+    assert counted == {"tao-flux-002": 6, "sd3blog-002": 13, "hfsdxl-003": 3, "ort15-052": 2, "lcm-001": 1}
+
+
 @pytest.mark.slow
 def test_holes_between_blocks_decide_what_runs_on_a_card() -> None:
     """Stable Diffusion, 16 pictures on a T4: published as running; with a ControlNet or CUDA graphs out of memory after two calls."""

@@ -37,7 +37,8 @@ def reserved_bytes(model: CostModel, recipe: Recipe, cost: Cost) -> int:
     return replayed(model, recipe, cost).peak_bytes
 
 
-def replayed(model: CostModel, recipe: Recipe, cost: Cost, limit_bytes: int | None = None, *, most: bool = False) -> Reserved:
+def replayed(model: CostModel, recipe: Recipe, cost: Cost, limit_bytes: int | None = None, *, calls: int = CALLS,
+             most: bool = False) -> Reserved:  # fmt: skip
     """Replay calls of the pipeline where the allocator may take ``limit_bytes`` (None: all of the device but the context).
 
     ``most``: with the largest workspaces that convolutions are known to take.
@@ -46,7 +47,7 @@ def replayed(model: CostModel, recipe: Recipe, cost: Cost, limit_bytes: int | No
     if limit_bytes is not None:
         run.allocator.limit_bytes = limit_bytes
     run.load()
-    for _ in range(CALLS):
+    for _ in range(min(calls, CALLS)):
         state = run.allocator.reserved_bytes, run.allocator.peak_reserved_bytes
         for phase in cost.phases:
             run.enter(phase)

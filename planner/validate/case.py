@@ -48,6 +48,8 @@ class Case(Frozen):
     """Components exchanged for another checkpoint."""
     second_run: bool = False
     """Counted in a second run, after the first one's search for algorithms."""
+    calls: int = 1
+    """Pipeline calls that the source is known to have made in one process; a number shows that there was one."""
     scheduler: str | None = None
     quantization_library: str | None = None
     gpu: str | None = None

@@ -28,6 +28,8 @@ from planner.validate.words import (
 )
 
 TORCH2_SOURCE = "diffusers docs optimization/torch2.0.md (May 2023, diffusers 0.17.0.dev0)"
+TORCH2_CALLS = 3
+"""The scripts printed on that page call the pipeline in ``for _ in range(3)``."""
 REFERENCE_GPU = "A100"
 """Card for memory rows that name none: what torch allocates does not depend on the card."""
 REFERENCE_GPU_BYTES = 80 * GIB
@@ -154,6 +156,13 @@ def _card(row: PublishedRow, quantity: Quantity) -> tuple[str, int | None, list[
     return REFERENCE_GPU, REFERENCE_GPU_BYTES, [f"card not stated: {REFERENCE_GPU} 80GB; memory hardly depends on it"]
 
 
+def _calls(notes: str) -> int:
+    """Calls that the notes speak of: those of the warm-up and at least one that counts."""
+    warm = re.search(r"(\d+) warm-?ups?\b", notes)
+    mean = re.search(r"mean of (\d+) calls", notes)
+    return (int(warm.group(1)) if warm else 0) + (int(mean.group(1)) if mean else 1)
+
+
 def _script_removes(row: PublishedRow) -> tuple[str, ...]:
     """onediff's benchmarks/text_to_image.py sets ``pipe.safety_checker = None``."""
     return ("safety_checker",) if "onediff" in row.source else ()
@@ -173,7 +182,7 @@ def _published(row: PublishedRow) -> Case:
         row=_name(row), series=_series(row), source=row.source, grade=row.grade or None, model=model,
         pipeline_class=name, subject=subject, workload=workload, settings=settings, inputs=remarks.inputs,
         without=(*remarks.without, *_script_removes(row)), replaced=remarks.replaced, scheduler=remarks.scheduler,
-        second_run=remarks.second_run,
+        second_run=remarks.second_run, calls=_calls(row.notes) + remarks.second_run,
         quantization_library=library, gpu=gpu, gpu_memory_bytes=gpu_bytes,
         torch_version=row.torch_version or None, diffusers_version=row.diffusers_version or None,
         metric=row.metric, counter=counted.counter, quantity=counted.quantity, measured=row.value,
@@ -220,7 +229,7 @@ def _torch2(row: Torch2Row) -> Case:
     return Case(
         row=_name(row), series="torch2", source=TORCH2_SOURCE, model=model, pipeline_class=name, subject="pipeline",
         workload=Workload(batch_size=row.batch_size, height=side, width=side),
-        settings=_torch2_settings(row, name), inputs=inputs, without=without, gpu=row.gpu,
+        settings=_torch2_settings(row, name), inputs=inputs, without=without, gpu=row.gpu, calls=TORCH2_CALLS,
         torch_version=row.torch or None, diffusers_version="0.17.0.dev0", metric=row.metric,
         counter=counted.counter, quantity=counted.quantity, measured=row.value, measured_si=counted.si,
         tolerance=counted.tolerance, tolerance_note=counted.note, assumptions=tuple(notes),

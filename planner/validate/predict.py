@@ -70,7 +70,7 @@ class Predictor:
         model, recipe = self.priced(case)
         cost = model.cost(recipe)
         estimate = estimate_of(model, recipe, cost)
-        fits = estimate.fits and runs_on_card(model, recipe, cost)
+        fits = estimate.fits and runs_on_card(model, recipe, cost, case.calls)
         return value_from_estimate(case, estimate.model_copy(update={"fits": fits}), model.device)
 
     def priced(self, case: Case) -> tuple[CostModel, Recipe]:
@@ -142,8 +142,8 @@ def _is_size(profile: GpuProfile, memory_bytes: int) -> bool:
     return abs(profile.total_bytes / memory_bytes - 1) < _NEAR
 
 
-def runs_on_card(model: CostModel, recipe: Recipe, cost: Cost) -> bool:
-    """Whether repeated calls go through on the whole card: holes between blocks in use count, as they do for torch.
+def runs_on_card(model: CostModel, recipe: Recipe, cost: Cost, calls: int) -> bool:
+    """Whether that many calls go through on the whole card: holes between blocks in use count, as they do for torch.
 
     A convolution's workspace counts as needed. Torch tries other algorithms where it cannot be had (aten cudnn/Conv_v8.cpp,
     ``try_configs``), yet the published out-of-memory rows of a T4 are those that lack just that.
@@ -152,7 +152,7 @@ def runs_on_card(model: CostModel, recipe: Recipe, cost: Cost) -> bool:
     if device.kind != "cuda":
         return True
     limit = round(device.total_bytes * (1 - DRIVER_SHARE)) - model.coefficients.context_bytes
-    return replayed(model, recipe, cost, limit).short_bytes == 0
+    return replayed(model, recipe, cost, limit, calls=calls).short_bytes == 0
 
 
 # -- the model and the call -------------------------------------------------------------------------------------------
