@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
-from planner.cost.model import WEIGHTLESS, CostModel, vae_mode
+from planner.cost.model import WEIGHTLESS, CostModel
+from planner.cost.residency import vae_mode
 from planner.dryrun.trace import VaeMode
 from planner.errors import UnsupportedPipeline, UsageError
 from planner.knobs import KNOBS, Conflict, Context, Knob, knob, normalize, parse_settings, violations

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
+import os
+import re
 from collections import defaultdict
-from dataclasses import replace
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from planner.cost.residency import Residency, residency, window_plan
+from planner.cost.residency import Residency, residency
+from planner.cost.windows import window_plan
 from planner.dryrun.facts import own_tensors, read_facts
 from planner.dryrun.run import DryRun
-from planner.dryrun.trace import PipelineTrace
+from planner.dryrun.trace import CallTrace, PipelineTrace, VaeMode
 from planner.facts import ComponentFacts, Leaf, PipelineFacts
 from planner.recipe import Recipe
 from planner.types import Workload
@@ -22,10 +28,12 @@ from tests.sim.strategies import REFUSED, STRATEGIES
 from tests.zoo import FAMILIES
 
 # One of each kind: UNet with and without several encoders, controlnet, DiT with one and two streams, two denoisers, video,
-# audio, cascades of stages, tied weights, VAEs before and after the loop.
-CHOSEN = ("sd15", "sd15_img2img", "sdxl", "sd15_controlnet", "sd3", "flux", "pixart_sigma", "hunyuan_dit", "wan22_t2v", "qwen_image",
-          "audioldm2", "cascade_combined", "unclip", "cogvideox", "ltx_video", "kandinsky22", "sana", "auraflow")  # fmt: skip
-FAMILY_NAMES = tuple(name for name in CHOSEN if name in FAMILIES)
+# audio, cascades of stages, components that are never offloaded, tied weights, VAEs before and after the loop.
+FAMILY_NAMES = (
+    "sd15", "sd15_img2img", "sdxl", "sd15_controlnet", "sd3", "flux", "pixart_sigma", "hunyuan_dit", "wan22_t2v", "qwen_image",
+    "audioldm2", "cascade_combined", "unclip", "cogvideox", "ltx_video", "kandinsky22", "kandinsky5", "ldm_superres", "sana",
+    "aura_flow", "animatediff",
+)  # fmt: skip
 RECIPES = {
     "none": Recipe(),
     "model": Recipe(offload="model"),
@@ -80,21 +88,48 @@ def with_weights(trace: PipelineTrace, before: PipelineFacts, after: PipelineFac
     return replace(trace, events=tuple(replace(event, weight_bytes=weight(event)) for event in trace.events))
 
 
+@dataclass(frozen=True, slots=True)
+class Known:
+    facts: PipelineFacts
+    allocated: PipelineFacts
+    trace: PipelineTrace
+    inputs: dict[str, Any]
+    """What a call gets besides the family's own: two pictures where the VAE is to slice."""
+
+
 @cache
-def known(family: str) -> tuple[PipelineFacts, PipelineFacts, PipelineTrace]:
+def known(family: str, dtype: str = "fp32", mode: str = "") -> Known:
     case = FAMILIES[family]
-    pipe = case.build()
+    pipe = in_dtype(case.build(), dtype)
     facts = read_facts(pipe)
-    trace = DryRun(pipe, Workload(), case.inputs(pipe)).trace()
-    return facts, as_allocated(facts, pipe), trace
+    inputs = {facts.batch_argument: 2} if "slice" in mode and facts.batch_argument else {}
+    workload = Workload(batch_size=2 if inputs else 1)
+    modes = (VaeMode.parse(mode),) if mode else ()
+    trace = DryRun(pipe, workload, case.inputs(pipe) | inputs).trace(modes=modes)
+    return Known(facts, as_allocated(facts, pipe), trace, inputs)
 
 
-def predicted(family: str, strategy: str) -> tuple[dict[str, int], int, int]:
-    """Most weight bytes while each component runs, and bytes copied to and from the device."""
-    facts, allocated, trace = known(family)
-    placed = residency(allocated, with_weights(trace, facts, allocated), literal(RECIPES[strategy], facts))
-    copied = residency(facts, trace, literal(RECIPES[strategy], facts))
-    return peaks(placed, trace), sum(copied.onload_bytes), sum(copied.offload_bytes)
+def in_dtype(pipe: Any, dtype: str) -> Any:
+    return pipe.to(torch.bfloat16) if dtype == "bf16" else pipe
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """Most weight bytes and most bytes of any kind while each component runs, and weight bytes copied each way."""
+
+    weights: dict[str, int]
+    peaks: dict[str, int]
+    loaded: int
+    returned: int
+
+
+def predicted(family: str, strategy: str, dtype: str, mode: str) -> Seen:
+    about = known(family, dtype, mode)
+    wanted = VaeMode.parse(mode)
+    recipe = literal(RECIPES[strategy], about.facts).but(vae_slicing=wanted.slicing, vae_tiling=wanted.tile_pixels is not None)
+    placed = residency(about.allocated, with_weights(about.trace, about.facts, about.allocated), recipe)
+    copied = residency(about.facts, about.trace, recipe)
+    return Seen(peaks(placed, about.trace), whole_peaks(placed, about.trace, mode), sum(copied.onload_bytes), sum(copied.offload_bytes))
 
 
 def peaks(placed: Residency, trace: PipelineTrace) -> dict[str, int]:
@@ -109,56 +144,120 @@ def peaks(placed: Residency, trace: PipelineTrace) -> dict[str, int]:
     return dict(most)
 
 
-def measured(sim: Any, family: str, strategy: str) -> tuple[dict[str, int], int, int]:
-    """Peaks of the first call, or of the second where a stream is used: prefetching begins with that. Copies of the second."""
-    case = FAMILIES[family]
-    pipe = case.build()
+def whole_peaks(placed: Residency, trace: PipelineTrace, mode: str) -> dict[str, int]:
+    """Weights, activations and what the pipeline holds. No workspace: the simulator has none."""
+    most: dict[str, int] = defaultdict(int)
+    before = 0
+    for event in trace.events:
+        call = trace.variants.get((event.call, mode), trace.calls[event.call])
+        window, live = placed.window[event.call], live_bytes(call)
+        if window is not None and len(live):
+            live = live + (window if len(window) == len(live) else window.max(initial=0))  # as planner.cost.model does
+        running = placed.resident_bytes[event.call] + int(live.max(initial=0))
+        most[call.component] = max(most[call.component], event.held_bytes + max(running, before))
+        before = placed.resident_bytes[event.call]
+    return dict(most)
+
+
+def live_bytes(call: CallTrace) -> np.ndarray:
+    """Activations per operation, each in whole blocks of the allocator."""
+    change = np.zeros(len(call) + 1, dtype=np.int64)
+    for born, died, size in call.spans.tolist():
+        change[born] += rounded_bytes(size)
+        change[died] -= rounded_bytes(size)
+    return np.cumsum(change)[:-1]
+
+
+def measured(sim: Any, family: str, strategy: str, dtype: str, mode: str) -> Seen:
+    """Peaks of the first call, or of the second where a stream is used: prefetching begins with that. Weights copied in the second."""
+    case, about = FAMILIES[family], known(family, dtype, mode)
+    pipe = in_dtype(case.build(), dtype)
+    wanted = VaeMode.parse(mode)
+    for part in about.facts.of_role("vae"):
+        if wanted.slicing and part.has_slicing:
+            getattr(pipe, part.name).enable_slicing()
+        if wanted.tile_pixels is not None and part.has_tiling:
+            getattr(pipe, part.name).enable_tiling()
     STRATEGIES[strategy](pipe)
     runs = []
     for _ in range(2):
         with sim.phases(pipe) as phases:
-            case.run(pipe)
+            before = sim.memory.weight_h2d_bytes, sim.memory.weight_d2h_bytes
+            case.run(pipe, **about.inputs)
         runs.append(phases)
-    most: dict[str, int] = defaultdict(int)
-    for phase in runs["stream" in strategy]:
-        most[phase.component] = max(most[phase.component], phase.peak_weight_bytes)
-    return dict(most), sum(p.h2d_bytes for p in runs[1]), sum(p.d2h_bytes for p in runs[1])
+    shown = runs["stream" in strategy]
+    weights, all_bytes = (
+        {phase.component: max(getattr(each, kind) for each in shown if each.component == phase.component) for phase in shown}
+        for kind in ("peak_weight_bytes", "peak_bytes")
+    )
+    return Seen(weights, all_bytes, sim.memory.weight_h2d_bytes - before[0], sim.memory.weight_d2h_bytes - before[1])
 
 
-CUSTOM_CHAIN = {("audioldm2", "model")}
-"""Overrides enable_model_cpu_offload with a chain of parts of its components."""
-TWICE = {("sd3", "group_block_stream"), ("sd3", "group_block")}
-"""The position table is there twice (``_block_units``); in the second call the simulator no longer knows the copy as a weight."""
+UNPLANNED = {("audioldm2", "model"), ("cascade_combined", "model")}
+"""Override enable_model_cpu_offload with chains of their own and name no model_cpu_offload_seq: the planner refuses them."""
 QUICK = {"sd15", "sdxl", "flux", "wan22_t2v", "qwen_image", "unclip"}
-DIFFERS = {("audioldm2", "sequential"), ("audioldm2", "group_leaf"), ("audioldm2", "group_leaf_stream"), ("cascade_combined", "model"),
-           ("unclip", "group_leaf"), ("unclip", "group_block"), ("unclip", "group_leaf_stream"), ("unclip", "group_block_stream"),
-           ("cogvideox", "none"), ("cogvideox", "group_leaf"), ("cogvideox", "group_leaf_stream"), ("ltx_video", "group_leaf"),
-           ("ltx_video", "group_leaf_stream"), ("sana", "group_leaf_stream"), ("wan22_t2v", "group_block_stream")}  # fmt: skip
-"""Known to differ by more than the tolerance in a full run: not understood yet, so not asserted."""
-PAIRS = [
-    pytest.param(family, strategy, marks=[] if family in QUICK and "stream" not in strategy else [pytest.mark.slow])
-    for family in FAMILY_NAMES for strategy in STRATEGIES
-    if (family, strategy) not in {*REFUSED, *CUSTOM_CHAIN, *DIFFERS} and not family.startswith(("ldm_superres", "kandinsky5"))
-]  # fmt: skip
+DTYPES, MODES = ("fp32", "bf16"), ("", "slice", "tile", "slice+tile")
+EVERYTHING = os.environ.get("PLANNER_SIM_MATRIX") == "all"
+"""Each pair in every dtype and VAE mode. Otherwise in one of these eight, in turns, so that each meets every strategy."""
 
 
-@pytest.mark.parametrize(("family", "strategy"), PAIRS)
-def test_weights_on_the_device_while_each_component_runs(sim: Any, family: str, strategy: str) -> None:
-    expected, loaded, returned = predicted(family, strategy)
-    found, loaded_really, returned_really = measured(sim, family, strategy)
-    assert expected.keys() == found.keys()
-    for name, size in found.items():
-        if (family, strategy) not in TWICE:
-            assert expected[name] == pytest.approx(size, rel=TOLERANCE), name
+NO_BF16 = {
+    "unclip": "resizes with a kernel that torch has for no 16-bit CPU tensor",
+    "kandinsky5": "its time embedding mixes float32 with 16-bit weights, which works under autocast of CUDA only",
+}
+
+
+def cells() -> Iterator[Any]:
+    for row, family in enumerate(FAMILY_NAMES):
+        for column, strategy in enumerate(STRATEGIES):
+            if (family, strategy) in {*REFUSED, *UNPLANNED}:
+                continue
+            turn = (3 * row + column) % (4 if family in NO_BF16 else 8)
+            for number, (dtype, mode) in enumerate(itertools.product(DTYPES, MODES)):
+                if (EVERYTHING and not (dtype == "bf16" and family in NO_BF16)) or number == turn:
+                    quick = family in QUICK and "stream" not in strategy
+                    yield pytest.param(family, strategy, dtype, mode, marks=[] if quick else [pytest.mark.slow])
+
+
+@pytest.mark.parametrize(("family", "strategy", "dtype", "mode"), cells())
+def test_memory_and_copies_agree_with_real_hooks(sim: Any, family: str, strategy: str, dtype: str, mode: str) -> None:
+    refused = known(family, dtype, mode).trace.refused
+    if refused:  # tiles of this tiny VAE come out empty: the dry run says in advance what the real one raises
+        with pytest.raises(ValueError, match=re.escape(next(iter(refused.values())).partition(": ")[2])):
+            measured(sim, family, strategy, dtype, mode)
+        return
+    expected = predicted(family, strategy, dtype, mode)
+    found = measured(sim, family, strategy, dtype, mode)
+    assert expected.weights.keys() == found.weights.keys()
+    for name, size in found.weights.items():
+        assert expected.weights[name] == pytest.approx(size, rel=TOLERANCE), name
+    most = max(found.peaks.values())
+    above = max(expected.peaks.values()) - most
+    assert -max(TOLERANCE * most, HELD_BYTES) <= above <= max(TOLERANCE * most, HELD_BYTES) + COUNTED_TWICE.get(family, 0)
+    assert expected.returned == pytest.approx(found.returned, rel=TOLERANCE)
     if strategy != "none":
-        others = loaded_really - loaded  # arguments that hooks bring along: images, index tensors
-        assert 0 <= others <= max(0.05 * loaded, 1 << 20)
-    if strategy in ("group_leaf", "group_block"):
-        assert returned == pytest.approx(returned_really, rel=TOLERANCE)
+        assert expected.loaded == pytest.approx(found.loaded, rel=TOLERANCE)
+
+
+HELD_BYTES = 12 * 512
+"""The pipeline's own tensors are known by their sum; rounding each up to a block adds at most so much here."""
+COUNTED_TWICE = {"qwen_image": 525_312, "sd15_img2img": 8192}
+"""Bytes that the dry run takes too many: rotary tables that diffusers caches on their first use count as held and as new there,
+and a picture counts as held by the pipeline after its encoding."""
+
+
+@pytest.mark.parametrize("family", sorted({family for family, _ in UNPLANNED}))
+def test_a_chain_that_the_class_does_not_name_is_not_planned(family: str) -> None:
+    from planner.hardware.profiles import device_from_profile, find_gpu
+    from planner.knobs import knob
+    from planner.knobs.base import Context
+
+    context = Context(facts=known(family).facts, device=device_from_profile(find_gpu("RTX 3060")[0]), workload=Workload())
+    assert "sets no model_cpu_offload_seq" in (knob("offload").refuse("model", context) or "")
 
 
 def test_a_block_of_a_list_moves_alone_and_the_rest_stays_for_the_whole_call() -> None:
-    facts, _, trace = known("flux")
+    facts, trace = known("flux").facts, known("flux").trace
     part = facts.component("transformer")
     blocks = {path: sum(leaf.bytes for leaf in part.leaves if leaf.path.startswith(path + ".")) for path in part.block_paths}
     rest = part.weight_bytes - sum(blocks.values())
@@ -184,7 +283,7 @@ def test_two_blocks_to_a_group_hold_both() -> None:
 
 def test_order_of_strategies_by_what_is_on_the_device() -> None:
     for family in ("sd15", "flux", "sdxl"):
-        facts, _, trace = known(family)
+        facts, trace = known(family).facts, known(family).trace
         ladder = ("none", "model", "group_block", "group_leaf")
         most = [max(peaks(residency(facts, trace, RECIPES[name]), trace).values()) for name in ladder]
         assert most == sorted(most, reverse=True)

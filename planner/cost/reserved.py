@@ -10,7 +10,8 @@ import numpy as np
 from planner.cost.allocator import Block, CachingAllocator, replay
 from planner.cost.model import Cost, CostModel, PhaseCost, localized
 from planner.cost.quantized import IMMOVABLE, LOADED_ON_DEVICE, leaf_bytes
-from planner.cost.residency import resting_bytes, tied_bytes
+from planner.cost.residency import resting_bytes
+from planner.cost.windows import tied_bytes
 from planner.cost.workspace import operator_bytes
 from planner.dryrun.trace import CallTrace, Ints
 from planner.facts import ComponentFacts
