@@ -76,6 +76,12 @@ def share(inputs: Mapping[str, Any], parts: int) -> list[dict[str, Any]]:
     return [piece | {argument: count // rest} for piece in found]
 
 
+def longest_texts(inputs: Mapping[str, Any]) -> int:
+    """Characters of the longest text in each argument, added up: a call pads its texts to the longest."""
+    texts = ([value] if isinstance(value, str) else value for value in inputs.values() if isinstance(value, str | list | tuple))
+    return sum(max((len(text) for text in found if isinstance(text, str)), default=0) for found in texts)
+
+
 def _cut(inputs: Mapping[str, Any], parts: int, lengths: set[int], names: tuple[str, ...] | None = None) -> list[dict[str, Any]]:
     pieces: list[dict[str, Any]] = [dict(inputs) for _ in range(parts)]
     for name, value in inputs.items():

@@ -133,6 +133,16 @@ def test_reference_pictures_that_all_samples_share_are_not_split() -> None:
     assert DryRun(pipe, Workload(), alone).trace(None, 1).batch_size == 1
 
 
+def test_a_share_is_traced_with_the_texts_that_the_whole_batch_is_padded_to() -> None:
+    case = FAMILIES["z_image"]
+    pipe = case.build()
+    run = DryRun(pipe, Workload(), {**case.inputs(pipe), "prompt": ["a", "a much longer text, to which the other one is padded"]})
+    whole, part = run.trace(), run.trace(None, 1)
+    assert whole.batch_size == 2 * part.batch_size == 2
+    work = [sum(trace.calls[event.call].total_flops for event in trace.events) for trace in (whole, part)]
+    assert 2 * work[1] >= work[0]
+
+
 def test_several_control_networks_are_one_component_with_all_their_work() -> None:
     case = FAMILIES["sd15_controlnet"]
     pipe = case.build()

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from planner.batching import share
+from planner.batching import longest_texts, share
 from planner.dryrun.inputs import call_arguments, complete_workload, remember_needs, speaks
 from planner.dryrun.operations import TORCH_DTYPES
 from planner.dryrun.patches import uncollected
@@ -82,12 +82,13 @@ class DryRun:
         return trace
 
     def _arguments(self, batch: int, way: _Way) -> dict[str, Any]:
-        """The whole call's arguments, or the first share of it where ``batch`` is a part of the workload's."""
+        """The whole call's arguments, or its share with the longest texts where ``batch`` is a part of the workload's."""
         whole = self.workload.batch_size
         if batch >= whole or whole % batch:
             workload = self.workload.model_copy(update={"batch_size": batch})
             return call_arguments(self.pipe, workload, self.inputs, way.images, way.prompt)
-        return share(call_arguments(self.pipe, self.workload, self.inputs, way.images, way.prompt), whole // batch)[0]
+        shares = share(call_arguments(self.pipe, self.workload, self.inputs, way.images, way.prompt), whole // batch)
+        return max(shares, key=longest_texts)
 
     def _run(self, dtype: str | None, batch: int) -> tuple[Session, PipelineTrace]:
         failures: list[Exception] = []
