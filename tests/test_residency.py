@@ -203,7 +203,7 @@ EVERYTHING = os.environ.get("PLANNER_SIM_MATRIX") == "all"
 
 NO_BF16 = {
     "unclip": "resizes with a kernel that torch has for no 16-bit CPU tensor",
-    "kandinsky5": "its time embedding mixes float32 with 16-bit weights, which works under autocast of CUDA only",
+    "kandinsky5": "`Kandinsky5TimeEmbeddings` multiplies float32 sines with weights that `to()` has made 16 bit",
 }
 
 
