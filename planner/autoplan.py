@@ -64,8 +64,9 @@ def autoplan(
     """Decide how to run ``pipe`` fastest within its device's memory, put it in force and check it.
 
     ``inputs`` are keyword arguments of your own call; ``memory_budget`` is bytes or a text such as ``"8GiB"``, by default
-    what is free now less a headroom. With ``apply=False`` nothing is touched. ``progress`` gets one line per stage;
-    by default they go to stderr when that is a terminal.
+    what is free now less a headroom. ``objective="throughput"`` may take a larger batch than ``batch_size``; the plan's
+    workload says which. ``fix`` takes ``vae.dtype`` and the like for one component. With ``apply=False`` nothing is touched.
+    ``progress`` gets one line per stage; by default they go to stderr when that is a terminal.
 
     Raises:
         NoFeasiblePlan: nothing fits; carries the leanest candidate and what is missing.

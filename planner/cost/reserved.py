@@ -96,7 +96,9 @@ class _Run:
 
     def _stays(self, component: ComponentFacts) -> bool:
         facts, own = self.model.traces.facts, self.recipe.of(component.name).offload
-        kept = component.name in facts.excluded_from_offload or self.recipe.weights.get(component.name) in IMMOVABLE
+        # A class's ``_exclude_from_cpu_offload`` binds accelerate's offloading, not group offload (pipeline_utils.py).
+        excluded = component.name in facts.excluded_from_offload and own in ("model", "sequential")
+        kept = excluded or self.recipe.weights.get(component.name) in IMMOVABLE
         kept |= component.name in self.recipe.resident and component.name not in self.recipe.only
         return own == "none" or kept
 

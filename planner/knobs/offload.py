@@ -39,7 +39,7 @@ class Offload(Knob):
         if context.device.kind == "cpu":
             return "the weights already are where they are computed: on the CPU"
         if value == "model" and not set(facts.offload_sequence) & {part.name for part in facts.components}:
-            return f"{facts.class_name} sets no model_cpu_offload_seq, enable_model_cpu_offload raises ({PIPELINE_UTILS})"
+            return f"{facts.class_name} sets no model_cpu_offload_seq, without which enable_model_cpu_offload raises ({PIPELINE_UTILS})"
         if value == "sequential":
             return _refuse_sequential(context)
         return _refuse_group(str(value), context) if value in GROUP else None
