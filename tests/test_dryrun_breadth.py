@@ -114,6 +114,16 @@ def test_a_call_that_says_what_to_make_gets_a_prompt_only_where_it_does_not_run_
     assert "prompt" not in call_arguments(joint, Workload(), made.inputs(joint))
 
 
+def test_a_call_without_any_subject_is_left_so_where_it_runs() -> None:
+    """UniDiffuser makes both a text and a picture then; Stable Diffusion refuses and gets a prompt."""
+    free, needy = FAMILIES["unidiffuser"].build(), FAMILIES["sd15"].build()
+    inputs = {"height": 32, "width": 32, "num_inference_steps": 2}
+    for pipe, prompted in ((free, False), (needy, True)):
+        DryRun(pipe, Workload(), inputs).trace()
+        assert ("prompt" in call_arguments(pipe, Workload(), inputs)) == prompted
+        assert "prompt" in call_arguments(pipe, Workload(), {}, with_prompt=True)
+
+
 def test_the_check_of_a_plan_gets_the_pictures_that_its_trace_got() -> None:
     pipe = FAMILIES["sd15_img2img"].build()
     inputs = {"num_inference_steps": 2, "output_type": "np"}

@@ -99,7 +99,7 @@ def call_arguments(
     """
     parameters = call_parameters(pipe)
     arguments = dict(inputs)
-    needs = _NEEDED.get(_asked(pipe, inputs), (False, False))
+    needs = _NEEDED.get(_asked(pipe, inputs), (not speaks(inputs), False))
     with_prompt, with_images = (need if given is None else given for given, need in zip((with_prompt, with_images), needs, strict=True))
     for name in _SIZES:
         value = getattr(workload, name)
@@ -109,7 +109,7 @@ def call_arguments(
                     continue  # the size then comes from the image that the call gets
                 raise UsageError(f"{type(pipe).__name__} takes no {name}; leave it out.")
             arguments[name] = value
-    _add_prompt(pipe, parameters, workload, arguments, with_prompt or not speaks(inputs))
+    _add_prompt(pipe, parameters, workload, arguments, with_prompt)
     for name, parameter in parameters.items():
         required = parameter.default is inspect.Parameter.empty and parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
         if name in arguments or name == "self":
@@ -123,7 +123,7 @@ def call_arguments(
     return arguments
 
 
-def _add_prompt(pipe: Any, parameters: Mapping[str, Any], workload: Workload, arguments: dict[str, Any], wanted: bool) -> None:
+def _add_prompt(pipe: Any, parameters: Mapping[str, Any], workload: Workload, arguments: dict[str, Any], wanted: bool | None) -> None:
     argument = batch_argument(pipe)
     given = batch_of(pipe, arguments)
     has_prompt = any(name.startswith("prompt") for name in arguments) or ("image_embeds" in arguments and "prompt" not in parameters)

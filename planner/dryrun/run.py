@@ -33,8 +33,8 @@ class _Way:
 
 
 def _ways(inputs: Mapping[str, Any]) -> list[_Way]:
-    """The user's call as it is comes first; where it does not say what to make, it gets a prompt from the start."""
-    prompts = (False,) if any(name.startswith("prompt") for name in inputs) else (False, True) if speaks(inputs) else (True,)
+    """The user's call as it is comes first; where there are no arguments at all it gets a prompt from the start."""
+    prompts = (False,) if any(name.startswith("prompt") for name in inputs) else (False, True) if inputs else (True,)
     fills = [*((prompt, False) for prompt in prompts), (prompts[-1], True)]
     return [_Way(prompt, images, again) for again in (False, True) for prompt, images in fills]
 
