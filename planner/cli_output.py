@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from planner.errors import UsageError
+from planner.files import write_text
 from planner.progress import Progress, silent
 
 _LABEL = re.compile(r"^(?! )([a-z][a-z ]{1,9}?)(?=  |$)")
@@ -73,7 +74,7 @@ def progress() -> Iterator[Progress]:
 def write_file(path: Path, text: str) -> None:
     """Write a file a user asked for and say so. Raises UsageError when it cannot be written."""
     try:
-        path.write_text(text, encoding="utf-8")
+        write_text(path, text)
     except OSError as error:
         raise UsageError(f"{path}: cannot be written ({error.strerror or error}); choose another path.") from error
     remark(f"wrote {path}")

@@ -10,6 +10,7 @@ from typing import Any, Self
 from pydantic import Field, PrivateAttr, ValidationError
 
 from planner.errors import ApplyError, ProfileError
+from planner.files import write_text
 from planner.types import Alternative, Device, Estimate, Frozen, KnobValue, Measurement, Objective, Quality, Rejection, Workload
 
 SCHEMA = "planner.plan/1"
@@ -154,7 +155,7 @@ class Plan(Frozen):
         """The plan as JSON text, sorted keys, same bytes for the same plan; also written to ``path`` when given."""
         text = json.dumps(self.model_dump(mode="json", by_alias=True), indent=2, sort_keys=True, ensure_ascii=False) + "\n"
         if path is not None:
-            Path(path).write_text(text, encoding="utf-8")
+            write_text(Path(path), text)
         return text
 
     @classmethod

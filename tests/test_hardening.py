@@ -185,3 +185,17 @@ def test_output_to_a_full_disk_ends_without_a_traceback(tmp_path: Path) -> None:
         process = subprocess.run(EXPLAIN, env=variables, stdout=full, stderr=subprocess.PIPE, text=True, timeout=300, check=False)
     assert process.returncode != 0
     assert "Traceback" not in process.stderr
+
+
+@pytest.mark.slow
+def test_a_disk_that_fills_up_while_traces_are_written_costs_only_the_cache(tmp_path: Path) -> None:
+    """A limit on file sizes is what a process sees of a full disk: writing stops in the middle of a file."""
+    few_bytes = "import resource, runpy, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096)); sys.argv = sys.argv[1:]; "
+    command = [sys.executable, "-c", few_bytes + "runpy.run_module('planner', run_name='__main__')", "planner", *EXPLAIN[3:]]
+    variables = {**os.environ, "PLANNER_CACHE_DIR": str(tmp_path)}
+    full = subprocess.run(command, env=variables, capture_output=True, text=True, timeout=300, check=False)
+    assert full.returncode == 0, full.stderr
+    assert [(p.name, p.stat().st_size) for p in tmp_path.rglob("*") if p.is_file() and p.stat().st_size >= 4096] == []
+    assert not list(tmp_path.rglob("*.tmp"))
+    output, errors = explain(tmp_path).communicate(timeout=300)
+    assert output == full.stdout, errors

@@ -12,7 +12,6 @@ from __future__ import annotations
 import json
 import logging
 import os
-import tempfile
 from collections.abc import Callable, Iterable
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass, field
@@ -26,6 +25,7 @@ from planner.calibrate.identity import DeviceKey
 from planner.calibrate.learn import Observation, learned_scales, observation
 from planner.calibrate.samples import Run, Sample
 from planner.errors import CalibrationError
+from planner.files import write_text
 from planner.types import Estimate, Frozen, Measurement
 
 logger = logging.getLogger(__name__)
@@ -150,7 +150,7 @@ class Store:
         if not (contents.runs or contents.samples or contents.observations):
             raise CalibrationError(f"nothing is stored for {key.name} with this driver and torch; run planner calibrate first.")
         try:
-            _replace(path, contents.to_text())
+            write_text(path, contents.to_text())
         except OSError as error:
             raise CalibrationError(f"{path} cannot be written: {error}") from error
 
@@ -223,7 +223,7 @@ class Store:
             with _lock(path):
                 _clean(path)
                 changed = change(self._with_pending(key, self._read(key, locked=True)))
-                _replace(path, changed.to_text())
+                write_text(path, changed.to_text())
             self._pending.pop(key.digest, None)
             return changed
         except (OSError, filelock.Timeout) as error:
@@ -255,21 +255,6 @@ def now() -> str:
 def _bytes_of(path: Path) -> bytes:
     with path.open("rb") as file:
         return file.read(MAX_FILE_BYTES + 1)
-
-
-def _replace(path: Path, text: str) -> None:
-    """Write beside ``path`` and swap. Raises OSError; nothing is left behind then."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(name, path)
-    except BaseException:
-        with suppress(OSError):
-            os.unlink(name)
-        raise
 
 
 def to_json(contents: Contents) -> dict[str, Any]:

@@ -10,7 +10,6 @@ import json
 import logging
 import os
 import struct
-import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
@@ -21,6 +20,8 @@ from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
+
+from planner.files import replacing
 
 logger = logging.getLogger(__name__)
 Value = TypeVar("Value")
@@ -116,30 +117,11 @@ def save(key: str, header: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]
     text = json.dumps({**header, "schema": SCHEMA, "key": key}).encode()
     try:
         directory.mkdir(parents=True, exist_ok=True)
-        with _replacing(directory / f"{key}.npz") as file:
+        with replacing(directory / f"{key}.npz") as file:
             np.savez_compressed(file, allow_pickle=False, **{_HEADER: np.frombuffer(text, dtype=np.uint8)}, **arrays)
         _prune(directory)
     except OSError as error:
         logger.warning("traces are not kept: %s cannot be written (%s)", directory, error)
-
-
-class _replacing:
-    """A temporary file beside ``path`` that takes its place when the block ends well, and vanishes when it does not."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __enter__(self) -> Any:
-        handle, self.name = tempfile.mkstemp(dir=self.path.parent, prefix=".", suffix=".tmp")
-        self.file = os.fdopen(handle, "wb")
-        return self.file
-
-    def __exit__(self, kind: Any, *rest: Any) -> None:
-        self.file.close()
-        if kind is None:
-            os.replace(self.name, self.path)
-        else:
-            os.unlink(self.name)
 
 
 def _prune(directory: Path) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from planner.errors import UsageError
+from planner.files import write_text
 from planner.validate.order import Ordering
 from planner.validate.report import Report
 from planner.validate.stats import RowResult, Statistics
@@ -102,7 +103,7 @@ def write_jsonl(results: Iterable[RowResult], path: str | Path) -> None:
     """One JSON line per row. Raises UsageError when the file cannot be written."""
     text = "".join(json.dumps(row_record(result), ensure_ascii=False, allow_nan=False) + "\n" for result in results)
     try:
-        Path(path).write_text(text, encoding="utf-8")
+        write_text(Path(path), text)
     except OSError as error:
         raise UsageError(f"{path}: cannot be written ({error.strerror or error}); choose another --out.") from error
 
