@@ -150,7 +150,10 @@ def _whole(plan: Plan, seen: Measurement, left_out: int) -> Measurement:
 
 def _judged(plan: Plan, found: list[Any] | None, compared: Reference | None, slower: bool, seen: Measurement) -> Check:
     finite, difference = is_sound(found), difference_of(found, compared.output if compared else None)
-    blameless = compared is not None and is_sound(compared.output) is False
+    if int(plan.settings.get("batch_split", 1)) > 1:
+        difference = None  # several calls draw their random numbers in another order than one
+    # A plan that changes nothing is the untouched pipeline.
+    blameless = not plan.changes or (compared is not None and is_sound(compared.output) is False)
     seen = seen.model_copy(update={"output_finite": finite, "output_difference": difference})
     unsound = finite is False and not blameless
     failures = _failures(plan, seen, unsound)
@@ -219,6 +222,8 @@ def _flat(value: Any) -> Any:
 
     if hasattr(value, "detach"):
         value = value.detach().float().cpu().numpy()
+    if isinstance(value, str):
+        value = np.frombuffer(value.encode(), dtype=np.uint8)
     if isinstance(value, list | tuple):
         parts = [_flat(item) for item in value]
         return np.concatenate(parts) if parts else np.zeros(0)
@@ -247,11 +252,12 @@ def difference_of(found: list[Any] | None, expected: list[Any] | None) -> float 
         return None
     if [array.size for array in found] != [array.size for array in expected]:
         return math.inf
-    worst = 0.0
+    differences = []
     for array, other in zip(found, expected, strict=True):
-        if not array.size:
+        known = np.isfinite(other)  # where the untouched pipeline's own numbers overflow there is nothing to compare with
+        if not known.any():
             continue
-        spread = float(np.ptp(other)) or 1.0
-        each = float(np.abs(array - other).mean()) / spread
-        worst = max(worst, math.inf if math.isnan(each) else each)
-    return worst
+        spread = float(np.ptp(other[known])) or 1.0
+        each = float(np.abs(array[known] - other[known]).mean()) / spread
+        differences.append(math.inf if math.isnan(each) else each)
+    return max(differences, default=None if any(array.size for array in found) else 0.0)

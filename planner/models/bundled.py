@@ -127,7 +127,7 @@ def nearest_names(text: str, count: int = 5) -> tuple[str, ...]:
     names = _names()
     close = difflib.get_close_matches(_key(text), names, n=4 * count, cutoff=0.4)
     tail = difflib.get_close_matches(_key(text).rsplit("/", 1)[-1], names, n=4 * count, cutoff=0.4)
-    ranked = sorted({*close, *tail}, key=lambda name: -difflib.SequenceMatcher(None, _key(text), name).ratio())
+    ranked = sorted({*close, *tail}, key=lambda name: (-difflib.SequenceMatcher(None, _key(text), name).ratio(), name))
     return tuple(dict.fromkeys(names[name] for name in ranked))[:count]
 
 
