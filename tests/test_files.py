@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import stat
 from pathlib import Path
+from typing import IO
 
 import pytest
 
@@ -23,10 +24,14 @@ def test_what_fails_half_way_leaves_the_old_file_and_nothing_else(tmp_path: Path
     path = tmp_path / "plan.json"
     path.write_text("old")
     with pytest.raises(KeyboardInterrupt), replacing(path) as file:
-        file.write(b"half")
-        raise KeyboardInterrupt
+        _interrupted(file)
     assert path.read_text() == "old"
     assert os.listdir(tmp_path) == ["plan.json"]
+
+
+def _interrupted(file: IO[bytes]) -> None:
+    file.write(b"half")
+    raise KeyboardInterrupt
 
 
 def test_a_disk_that_fills_on_the_last_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
