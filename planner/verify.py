@@ -196,7 +196,10 @@ def run_seeded(plan: Plan, pipe: Any, inputs: Mapping[str, Any], parts: int | No
 
 
 def samples(output: Any) -> list[Any] | None:
-    """Each picture, video or waveform of a pipeline output as a flat float array, pictures in [0, 1]; None without any."""
+    """Each picture, video or waveform of a pipeline output as a flat float array, pictures in [0, 1]; None without any.
+
+    A text is an array of its bytes, as whole numbers: it can be compared, but neither overflows nor is black.
+    """
     value = output
     if hasattr(output, "__dict__") and not hasattr(output, "shape"):
         value = next((item for item in vars(output).values() if item is not None), None)
@@ -223,7 +226,7 @@ def _flat(value: Any) -> Any:
     if hasattr(value, "detach"):
         value = value.detach().float().cpu().numpy()
     if isinstance(value, str):
-        value = np.frombuffer(value.encode(), dtype=np.uint8)
+        return np.frombuffer(value.encode(), dtype=np.uint8).astype(np.int64)
     if isinstance(value, list | tuple):
         parts = [_flat(item) for item in value]
         return np.concatenate(parts) if parts else np.zeros(0)
@@ -235,10 +238,10 @@ def _flat(value: Any) -> Any:
 
 
 def is_sound(found: list[Any] | None) -> bool | None:
-    """Whether every sample is finite and not constant; None when there is nothing to look at."""
+    """Whether every sample is finite and not constant; None when there is nothing to look at, such as in a text."""
     import numpy as np
 
-    full = [array for array in found or [] if array.size]
+    full = [array for array in found or [] if array.size and array.dtype == np.float64]
     if not full:
         return None
     return all(bool(np.isfinite(array).all()) and (array.size == 1 or float(np.ptp(array)) > 0) for array in full)

@@ -340,6 +340,13 @@ def test_one_black_picture_of_a_batch_is_enough() -> None:
     assert is_sound(samples((np.stack([good, black]),))) is False
     assert is_sound(samples((np.stack([good, good * np.nan]),))) is False
     assert is_sound(samples((["a text"],))) is None
+    assert difference_of(samples((["a text"],)), samples((["a text"],))) == 0
+    assert difference_of(samples((["a text"],)), samples((["a next"],))) > 0
+    # Where the untouched pipeline's own numbers overflow there is nothing to compare with.
+    overflown = good.copy()
+    overflown[0, 0] = np.inf
+    assert difference_of(samples((good[None],)), samples((overflown[None],))) == 0
+    assert difference_of(samples((good[None],)), samples((good[None] * np.nan,))) is None
     # The second differs by its mean of 0.5, over the expected range of 1.
     assert difference_of(samples((np.stack([good, black]),)), samples((np.stack([good, good]),))) == pytest.approx(0.5)
     assert difference_of(samples((good[None],)), samples((np.stack([good, good]),))) == float("inf")

@@ -90,11 +90,14 @@ def parse_settings(settings: Settings) -> dict[str, KnobValue]:
     ``dtype: bf16,vae=fp32``.
     """
     found: dict[str, KnobValue] = {}
-    for given, value in sorted(settings.items(), key=lambda item: "." in item[0]):
-        name, spelled = _of_component(given, value)
-        if name != given and found.get(name, "none") != "none":
-            spelled = f"{found[name]},{spelled}"
-        found[name] = knob(name).check(spelled)
+    for given, value in settings.items():
+        if "." not in given:
+            found[given] = knob(given).check(value)
+    for given, value in settings.items():
+        if "." in given:
+            name, part = _of_component(given, value)
+            before = found.get(name, "none")
+            found[name] = knob(name).check(part if before == "none" else f"{before},{part}")
     return found
 
 

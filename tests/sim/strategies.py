@@ -49,6 +49,8 @@ UNSUPPORTED = Refusal(ValueError, "does not support group offloading",
 DECODE = Refusal(RuntimeError, "Expected all tensors to be on the same device",
                  "parts outside the blocks are brought in by the component's forward(), which encode(), decode() or "
                  "generate() go around, or which a block calls by attribute")  # fmt: skip
+NO_HOOK = Refusal(RuntimeError, "Expected all tensors to be on the same device",
+                  "the text decoder's encode() and generate_captions() are not wrapped by accelerate's hook around forward()")  # fmt: skip
 EMPTY_BLOCK = Refusal(AttributeError, "'NoneType' object has no attribute", "a block list of this model holds None")
 OUTSIDE_FORWARD = Refusal(RuntimeError, "at least two devices, sim:0 and meta",
                           "a weight is read before or without the forward() of the module that owns it")  # fmt: skip
@@ -63,7 +65,7 @@ OWN_DEVICE = Refusal(NotImplementedError, "Cannot copy out of meta tensor",
 WITHOUT_GROUPS = ("dit", "hunyuan_dit", "kandinsky22", "kandinsky22_combined", "kandinsky3", "ldm_superres", "stable_audio")
 DECODES_AROUND_BLOCKS = (
     "allegro", "audioldm2", "cascade_combined", "cascade_decoder", "cascade_prior", "cogvideox", "flux2",
-    "flux2_klein", "hunyuan_video", "kandinsky5", "ltx_video", "mochi", "qwen_image", "sana", "svd",
+    "flux2_klein", "hunyuan_video", "kandinsky5", "ltx_video", "mochi", "qwen_image", "sana", "svd", "unidiffuser",
 )  # fmt: skip
 GROUPS = ("group_leaf", "group_block", "group_leaf_stream", "group_block_stream")
 BLOCKS = ("group_block", "group_block_stream")
@@ -75,6 +77,7 @@ REFUSED: dict[tuple[str, str], Refusal] = {
     ("stable_audio", "sequential"): OUTSIDE_FORWARD,
     ("hunyuan_dit", "sequential"): OUTSIDE_FORWARD,
     ("musicldm", "model"): OLD_SIGNATURE,
+    ("unidiffuser", "model"): NO_HOOK,
     ("ldm_superres", "model"): NO_SEQUENCE,
     ("ldm_superres", "sequential"): OWN_DEVICE,
 }
