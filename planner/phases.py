@@ -49,6 +49,8 @@ class Recipes:
     _known: dict[object, Recipe] = field(default_factory=dict)
     _plain: Recipe = field(init=False)
     _effects: dict[tuple[str, Value], dict[str, object]] = field(default_factory=dict)
+    _others: list[tuple[str, Recipe]] = field(default_factory=list)
+    """Per axis and further value, the recipe with that value alone."""
     _apart: bool = False
     """No two axes change one field, so effects can be put together in any order."""
 
@@ -60,6 +62,7 @@ class Recipes:
             changed: set[str] = set()
             for value in axis.values[1:]:
                 other = self.shape(self.base | {axis.name: value})
+                self._others.append((axis.name, other))
                 effect = {name: getattr(other, name) for name in names if getattr(other, name) != getattr(plain, name)}
                 self._effects[axis.name, value] = effect
                 changed |= set(effect)
@@ -92,12 +95,8 @@ class Recipes:
 
     def reaching(self, role: str, component: str) -> tuple[str, ...]:
         """Axes that change the part of a recipe which reaches one component."""
-        plain = localized(self.shape(self.base), role, component)
-        found = set()
-        for axis in self.axes:
-            for value in axis.values[1:]:
-                if localized(self.shape(self.base | {axis.name: value}), role, component) != plain:
-                    found.add(axis.name)
+        plain = localized(self._plain, role, component)
+        found = {name for name, other in self._others if localized(other, role, component) != plain}
         if role == "vae" and self.changing(frozenset({"fuse_vae"})):  # fusion reaches the VAE only together with it
             found |= set(self.changing(frozenset({"fuse_vae", "fusion", "cuda_graphs", "autotuned"})))
         return tuple(axis.name for axis in self.axes if axis.name in found)
