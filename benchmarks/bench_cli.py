@@ -16,21 +16,28 @@ import sys
 import tempfile
 import time
 
-LIMITS = {"--help": 0.5, "cold": 8.0, "cached": 1.0}
-"""Seconds on two cores."""
+from planner.hardware.profiles import load_gpus
+
+LIMITS = {"--help": 0.5, "cold": 8.0, "cached": 1.0, "compare": 4.0}
+"""Seconds on two cores; a table of one model on 40 cards, cached, so that one of ten models takes ten times as long."""
+CARDS = 40
 
 
 def main(model: str = "stable-diffusion-xl", gpu: str = "RTX 3060", repetitions: str = "3") -> None:
     print(f"{platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}, load {os.getloadavg()[0]:.1f}")
     explain = ("explain", model, "--gpu", gpu, "--batch-size", "8")
     report("--help", "planner --help", [timed(("--help",), None) for _ in range(int(repetitions))])
-    cold, cached = [], []
+    cold, cached, table = [], [], []
     for _ in range(int(repetitions)):
         with tempfile.TemporaryDirectory(prefix="planner-bench-") as cache:
             cold.append(timed(explain, cache))
             cached.append(timed(explain, cache))
+            compare = ("compare", model, *(f"--gpu={gpu.name}" for gpu in load_gpus()[:: len(load_gpus()) // CARDS][:CARDS]))
+            timed(compare, cache)
+            table.append(timed(compare, cache))
     report("cold", " ".join(explain[:2]), cold)
     report("cached", " ".join(explain[:2]), cached)
+    report("compare", f"compare {model}, {CARDS} cards", table)
 
 
 def timed(words: tuple[str, ...], cache: str | None) -> tuple[float, float]:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from planner.cost.condense import per_call
 from planner.dryrun.trace import CallTrace, Ints
 from planner.units import MIB
 
@@ -143,35 +144,43 @@ def replay(allocator: CachingAllocator, call: CallTrace, workspace: Ints, window
 
     Storages that outlive the call are freed at its end: what the pipeline keeps of them is counted by the caller.
     """
-    born: dict[int, list[int]] = {}
-    died: dict[int, list[int]] = {}
-    for uid, (start, end, _) in enumerate(call.spans.tolist()):
-        if end > start:
-            born.setdefault(start, []).append(uid)
-            died.setdefault(end, []).append(uid)
-    sizes = call.spans[:, 2]
+    born, died = _lifetimes(call)
     blocks: dict[int, Block] = {}
-    scratch, moving = np.asarray(workspace).tolist(), _window_of(call, window)
+    moving = _window_of(call, window)
+    scratch = {index: size for index, size in enumerate(np.asarray(workspace).tolist()) if size >= BLOCK}
+    turns = {index for index in range(len(moving)) if index == 0 or moving[index] != moving[index - 1]}
     held: Block | None = None
-    for index in range(len(call) + 1):
+    for index in sorted(born.keys() | died.keys() | scratch.keys() | turns):
         for uid in died.get(index, ()):
             allocator.free(blocks.pop(uid))
-        if index < len(call) and moving is not None and (index == 0 or moving[index] != moving[index - 1]):
+        if index in turns:
             if held is not None:
                 allocator.free(held)
             held = allocator.allocate(moving[index]) if moving[index] else None
-        for uid in born.get(index, ()):
-            blocks[uid] = allocator.allocate(int(sizes[uid]))
-        if index < len(call) and scratch[index] >= BLOCK:
+        for uid, size in born.get(index, ()):
+            blocks[uid] = allocator.allocate(size)
+        if index in scratch:
             allocator.free(allocator.allocate(scratch[index]))
     for block in (*blocks.values(), *((held,) if held is not None else ())):
         allocator.free(block)
 
 
-def _window_of(call: CallTrace, window: Ints | None) -> list[int] | None:
+@per_call
+def _lifetimes(call: CallTrace) -> tuple[dict[int, list[tuple[int, int]]], dict[int, list[int]]]:
+    """Storages (with their bytes) that begin before each operation, and those that end there."""
+    born: dict[int, list[tuple[int, int]]] = {}
+    died: dict[int, list[int]] = {}
+    for uid, (start, end, size) in enumerate(call.spans.tolist()):
+        if end > start:
+            born.setdefault(start, []).append((uid, size))
+            died.setdefault(end, []).append(uid)
+    return born, died
+
+
+def _window_of(call: CallTrace, window: Ints | None) -> list[int]:
     """The window per operation; another VAE mode has other operations, for which its largest unit stands."""
     if window is None:
-        return None
+        return []
     if len(window) != len(call):
         return [int(window.max(initial=0))] * len(call)
     return [int(size) for size in window]
