@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,22 +17,11 @@ from planner.errors import ApplyError, NoFeasiblePlan, PlannerError, Unsupported
 from planner.force import in_force
 from planner.snapshot import Snapshot
 from planner.verify import SHORT_STEPS, short_call
-from tests.zoo import FAMILIES
+from tests.zoo import FAMILIES, prepared
 
 LOOPED = ("sd15", "flux", "pixart_sigma")
 PLAIN = {"dtype": "fp32", "compile": "none"}
 """Random weights mean nothing, so neither does their precision; and compiling takes minutes."""
-
-
-@functools.cache
-def prepared(family: str) -> tuple[Any, dict[str, Any], np.ndarray]:
-    """A pipeline that has run once, its inputs without generator, and its output."""
-    case = FAMILIES[family]
-    pipe = case.build()
-    case.run(pipe)
-    inputs = case.inputs(pipe)
-    inputs.pop("generator", None)
-    return pipe, inputs, case.run(pipe)
 
 
 @pytest.fixture(autouse=True)

@@ -28,24 +28,13 @@ from planner.session import Session
 from planner.snapshot import Snapshot
 from planner.types import Device, KnobValue, Workload
 from tests import sim as simulator
-from tests.zoo import FAMILIES
+from tests.zoo import FAMILIES, prepared
 
 KIB = 1 << 10
 SEED = int(os.environ.get("PLANNER_FAULT_SEED", "20261120"))
 SCHEDULES = int(os.environ.get("PLANNER_FAULT_SCHEDULES", "120"))
 """Random fault schedules per run of the tests; set 1000 for the full check (about a quarter of a second each on a quiet machine)."""
 SCHEDULED = ("dit", "flux", "pixart_alpha")
-
-
-@functools.cache
-def prepared(family: str) -> tuple[Any, dict[str, Any], np.ndarray]:
-    """A pipeline that has run once, its inputs without generator, and its output on the CPU."""
-    case = FAMILIES[family]
-    pipe = case.build()
-    case.run(pipe)
-    inputs = case.inputs(pipe)
-    inputs.pop("generator", None)
-    return pipe, inputs, case.run(pipe)
 
 
 def device(budget_bytes: int | None, **changes: Any) -> Device:

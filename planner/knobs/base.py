@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 from planner.facts import PipelineFacts
+from planner.knobs.words import as_flag
 from planner.recipe import Recipe
 from planner.types import Device, KnobValue, Quality, Settings, Workload
 
@@ -107,3 +108,13 @@ class Knob(ABC):
     def statements(self, value: KnobValue, settings: Settings, context: Context) -> tuple[str, ...]:
         """``to_python`` where the other settings matter, too."""
         return self.to_python(value, context)
+
+
+class Switch(Knob):
+    """A knob that is on or off; off leaves the pipeline as it is unless the knob says otherwise."""
+
+    def check(self, value: KnobValue) -> KnobValue:
+        return as_flag(self.name, value)
+
+    def values(self, context: Context) -> tuple[KnobValue, ...]:
+        return (False,) if self.refuse(True, context) else (False, True)

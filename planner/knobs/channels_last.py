@@ -3,23 +3,16 @@
 from __future__ import annotations
 
 from planner.facts import ComponentFacts
-from planner.knobs.base import Context, Knob, Site, Undo
-from planner.knobs.words import as_flag
+from planner.knobs.base import Context, Site, Switch, Undo
 from planner.recipe import Recipe
 from planner.types import KnobValue
 
 
-class ChannelsLast(Knob):
+class ChannelsLast(Switch):
     """All convolutional components that have weights of rank 4 and none of rank 5."""
 
     name = "channels_last"
     stage = 50
-
-    def check(self, value: KnobValue) -> KnobValue:
-        return as_flag(self.name, value)
-
-    def values(self, context: Context) -> tuple[KnobValue, ...]:
-        return (False,) if self.refuse(True, context) else (False, True)
 
     def refuse(self, value: KnobValue, context: Context) -> str | None:
         if not value or any(map(convertible, context.facts.components)):

@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-from planner.knobs.base import Context, Knob, Site, Undo
-from planner.knobs.words import as_flag
+from planner.knobs.base import Context, Site, Switch, Undo
 from planner.recipe import Recipe
 from planner.types import KnobValue
 
 
-class ChunkedForward(Knob):
+class ChunkedForward(Switch):
     """``enable_forward_chunking(chunk_size=1, dim=0)`` on the denoisers that have it. Same numbers to 4e-7."""
 
     name = "chunked_forward"
     stage = 55
-
-    def check(self, value: KnobValue) -> KnobValue:
-        return as_flag(self.name, value)
-
-    def values(self, context: Context) -> tuple[KnobValue, ...]:
-        return (False,) if self.refuse(True, context) else (False, True)
 
     def refuse(self, value: KnobValue, context: Context) -> str | None:
         if value and not any(part.can_chunk_forward for part in context.facts.of_role("denoiser")):

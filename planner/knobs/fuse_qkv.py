@@ -2,23 +2,16 @@
 
 from __future__ import annotations
 
-from planner.knobs.base import Context, Knob, Site, Undo
-from planner.knobs.words import as_flag
+from planner.knobs.base import Context, Site, Switch, Undo
 from planner.recipe import Recipe
 from planner.types import KnobValue
 
 
-class FuseQkv(Knob):
+class FuseQkv(Switch):
     """Denoisers only. Applied before anything that holds on to weights: quantization, offload, compile."""
 
     name = "fuse_qkv"
     stage = 30
-
-    def check(self, value: KnobValue) -> KnobValue:
-        return as_flag(self.name, value)
-
-    def values(self, context: Context) -> tuple[KnobValue, ...]:
-        return (False,) if self.refuse(True, context) else (False, True)
 
     def refuse(self, value: KnobValue, context: Context) -> str | None:
         if not value:

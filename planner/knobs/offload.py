@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Literal
 
 from planner.facts import ComponentFacts
-from planner.knobs.base import Conflict, Context, Knob, Site, Undo
-from planner.knobs.words import as_count, as_flag, as_word
+from planner.knobs.base import Conflict, Context, Knob, Site, Switch, Undo
+from planner.knobs.words import as_count, as_word
 from planner.recipe import Recipe
 from planner.types import KnobValue, Settings
 
@@ -77,17 +77,11 @@ class Offload(Knob):
         return tuple(_group_statement(part, str(value), settings, context) for part in context.facts.components)
 
 
-class OffloadStream(Knob):
+class OffloadStream(Switch):
     """Group offload copies the next group on a second stream while this one computes; pins a copy in host memory."""
 
     name = "offload_stream"
     stage = 81
-
-    def check(self, value: KnobValue) -> KnobValue:
-        return as_flag(self.name, value)
-
-    def values(self, context: Context) -> tuple[KnobValue, ...]:
-        return (False,) if self.refuse(True, context) else (False, True)
 
     def refuse(self, value: KnobValue, context: Context) -> str | None:
         if value and context.device.kind != "cuda":
@@ -130,7 +124,7 @@ class OffloadBlocks(Knob):
         return _part_of_offload()
 
 
-class OffloadDisk(Knob):
+class OffloadDisk(Switch):
     """Group offload keeps the weights in files instead of host memory: a fresh directory per component and plan.
 
     Components with tied weights stay in host memory: diffusers would write the second of two groups that share a
@@ -139,12 +133,6 @@ class OffloadDisk(Knob):
 
     name = "offload_disk"
     stage = 83
-
-    def check(self, value: KnobValue) -> KnobValue:
-        return as_flag(self.name, value)
-
-    def values(self, context: Context) -> tuple[KnobValue, ...]:
-        return (False,) if self.refuse(True, context) else (False, True)
 
     def refuse(self, value: KnobValue, context: Context) -> str | None:
         if not value:

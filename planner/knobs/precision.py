@@ -3,23 +3,16 @@
 from __future__ import annotations
 
 from planner.dtypes import parse_dtypes
-from planner.knobs.base import Context, Knob, Site, Undo
-from planner.knobs.words import as_flag
+from planner.knobs.base import Context, Site, Switch, Undo
 from planner.recipe import Recipe
 from planner.types import KnobValue, Quality, Settings
 
 
-class Tf32(Knob):
+class Tf32(Switch):
     """Matmuls of float32 tensors in TensorFloat-32 (10-bit mantissa). Convolutions use it by torch's own default."""
 
     name = "tf32"
     stage = 5
-
-    def check(self, value: KnobValue) -> KnobValue:
-        return as_flag(self.name, value)
-
-    def values(self, context: Context) -> tuple[KnobValue, ...]:
-        return (False,) if self.refuse(True, context) else (False, True)
 
     def quality(self, value: KnobValue, context: Context) -> Quality:
         return "lossless" if value else "exact"
@@ -53,14 +46,11 @@ class Tf32(Knob):
         return ('torch.set_float32_matmul_precision("high")',) if value else ()
 
 
-class CudnnBenchmark(Knob):
+class CudnnBenchmark(Switch):
     """cuDNN times its convolution algorithms at the first call of each shape, which then needs more memory for once."""
 
     name = "cudnn_benchmark"
     stage = 6
-
-    def check(self, value: KnobValue) -> KnobValue:
-        return as_flag(self.name, value)
 
     def values(self, context: Context) -> tuple[KnobValue, ...]:
         convolves = any(part.convolutions_2d or part.convolutions_3d for part in context.facts.components)

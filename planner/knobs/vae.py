@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from planner.facts import ComponentFacts
-from planner.knobs.base import Context, Knob, Site, Undo
-from planner.knobs.words import as_count, as_flag
+from planner.knobs.base import Context, Knob, Site, Switch, Undo
+from planner.knobs.words import as_count
 from planner.recipe import Recipe
 from planner.types import KnobValue, Quality, Settings
 
@@ -20,14 +20,11 @@ LEAST_TILE_PIXELS = 16
 NEEDS_TILING = {"AutoencoderKLAllegro": "its decode is implemented for tiles only (autoencoder_kl_allegro.py:804)"}
 
 
-class VaeSlicing(Knob):
+class VaeSlicing(Switch):
     """Images of a batch are encoded and decoded one after the other. Same numbers, up to kernel noise (1e-6)."""
 
     name = "vae_slicing"
     stage = 90
-
-    def check(self, value: KnobValue) -> KnobValue:
-        return as_flag(self.name, value)
 
     def values(self, context: Context) -> tuple[KnobValue, ...]:
         now = any(vae.slicing_on for vae in _able(context, "has_slicing"))
@@ -49,14 +46,11 @@ class VaeSlicing(Knob):
         return _statements(context, bool(value), "slicing")
 
 
-class VaeTiling(Knob):
+class VaeTiling(Switch):
     """Images larger than a tile are decoded in overlapping, blended tiles: less memory, slightly other pixels."""
 
     name = "vae_tiling"
     stage = 91
-
-    def check(self, value: KnobValue) -> KnobValue:
-        return as_flag(self.name, value)
 
     def values(self, context: Context) -> tuple[KnobValue, ...]:
         now = any(vae.tiling_on for vae in _able(context, "has_tiling"))

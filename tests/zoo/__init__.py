@@ -6,9 +6,9 @@ image_unet, image_dit, video, audio or other.
 """
 
 from . import audio, image_dit, image_staged, image_unet, more, other, video
-from .case import FAMILIES, PROMPT, Case, as_array, seeded
+from .case import FAMILIES, PROMPT, Case, as_array, prepared, seeded
 
 __all__ = [
-    "FAMILIES", "PROMPT", "Case", "as_array", "seeded",
+    "FAMILIES", "PROMPT", "Case", "as_array", "prepared", "seeded",
     "audio", "image_dit", "image_staged", "image_unet", "more", "other", "video",
 ]  # fmt: skip
