@@ -24,7 +24,7 @@ from planner.calibrate import (
     with_host_share,
 )
 from planner.calibrate import probe as probing
-from planner.calibrate.fit import _ASSUMED_RATES, call_of, fit_coefficients, kernel_seconds
+from planner.calibrate.fit import _ASSUMED_RATES, call_of, fit_coefficients, kernel_seconds, rates_of
 from planner.calibrate.grid import cpu_peak_signatures, matmul_signature, pointwise_signature, probe_signatures
 from planner.calibrate.heap import fresh_bytes, trim_bytes
 from planner.calibrate.identity import thread_count
@@ -431,18 +431,62 @@ def test_known_operations_are_not_timed_again_and_new_ones_are_kept(tmp_path: Pa
         asked.append(dict(shapes))
         return {text: sample_of(text, 0.5) for text in shapes}
 
-    rate = Rate(name="python", units=100, repetitions=(25.0,), threads=thread_count())
+    rate = Rate(name="python", units=100, repetitions=(0.025,), threads=thread_count())
     host = Run(id="host", date="2026-01-01", quick=True, complete=False, threads=thread_count(), rates=(rate,))
     monkeypatch.setattr(probing, "probe_operations", measured)
     monkeypatch.setattr(probing, "probe_host", lambda *rest: host)
-    assert probe_missing([(call, 3)], device, empty, 9.0) == dict.fromkeys(call.shapes, 0.75)
+    assert probe_missing([(call, 3)], device, empty, 9.0) == dict.fromkeys(call.shapes, 0.50025)
     assert asked == [{SILU: 3, call.shapes[1]: 6}]
     later = calibration_for(device, store=Store(tmp_path))
     monkeypatch.delattr(probing, "probe_host")
     assert later.coefficients.basis == default_coefficients(device).basis, "the host alone is no calibration of kernels"
-    assert probe_missing([call], device, later, 9.0) == dict.fromkeys(call.shapes, 0.75)
-    assert probe_missing([call], device, later, 9.0, variants=("channels_last",))[variant_signature(SILU, "channels_last")] == 0.75
-    assert asked[1:] == [{variant_signature(SILU, "channels_last"): 1}]
+    assert probe_missing([call], device, later, 9.0) == dict.fromkeys(call.shapes, 0.50025)
+    assert probe_missing([call], device, later, 9.0) == dict.fromkeys(call.shapes, 0.50025)
+    assert probe_missing([call], device, later, 9.0, variants=("channels_last",))[variant_signature(SILU, "channels_last")] == 0.50025
+    assert asked[1:] == [{SILU: 1, call.shapes[1]: 2}, {variant_signature(SILU, "channels_last"): 1}], "a spot check, once"
+
+
+@pytest.mark.parametrize(("then", "trusted"), [(0.5, True), (0.7, True), (5.0, False), (0.1, False)])
+def test_timings_of_a_machine_that_was_busy_are_taken_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, then: float,
+                                                            trusted: bool) -> None:  # fmt: skip
+    store, device = Store(tmp_path), cpu_device()
+    texts = tuple(pointwise_signature(size, "fp32") for size in (8, 16, 32, 64, 128))
+    call = traced([], list(range(len(texts))), texts)
+    found = calibration_for(device, store=store)
+    assert found.key is not None
+    store.add_samples(found.key, [sample_of(text, then) for text in texts])
+    quiet = Rate(name="python", units=100, repetitions=(1e-3,), threads=thread_count())
+    store.add_run(found.key, Run(id="host", date="2026-01-01", quick=True, complete=False, threads=thread_count(), rates=(quiet,)))
+    asked: list[int] = []
+
+    def measured(shapes: dict[str, int], *rest: object) -> dict[str, Sample]:
+        asked.append(len(shapes))
+        return {text: sample_of(text, 0.5) for text in shapes}
+
+    monkeypatch.setattr(probing, "probe_operations", measured)
+    seconds = probe_missing([call], device, calibration_for(device, store=Store(tmp_path)), 9.0)
+    assert asked == ([3] if trusted else [3, 2])
+    heaviest_only = trusted and then != 0.5
+    kept = Store(tmp_path).load(found.key).by_key()
+    assert sum(sample.seconds == 0.5 for sample in kept.values()) == (3 if heaviest_only else 5)
+    assert sorted(seconds.values()) == pytest.approx(sorted([0.5 + 1e-5] * 3 + [(then if heaviest_only else 0.5) + 1e-5] * 2))
+
+
+def host_run(number: int, python: tuple[float, ...], picture: tuple[float, ...] = (1e-3,) * 4) -> Run:
+    rates = (Rate(name="python", units=100, repetitions=python, threads=2), Rate(name="picture", units=1e6, repetitions=picture, threads=2))
+    return Run(id=f"r{number}", date=f"2026-01-0{number}", quick=True, complete=False, threads=2, rates=rates)
+
+
+def test_host_figures_of_a_busy_machine_do_not_count_beside_quiet_ones() -> None:
+    quiet, scattered, stuck = host_run(1, (2e-3,) * 4), host_run(2, (1e-9, 6.0, 0.5, 1e-9)), host_run(3, (3.0,) * 4, (0.1,) * 4)
+    assert quiet.quiet
+    assert not scattered.quiet
+    assert not stuck.quiet, "30 ms for one operation"
+    assert stuck.unstable() == ("python",)
+    assert rates_of([quiet, scattered, stuck]) == {"python": 2e-5, "picture": 1e-9}
+    alone = rates_of([scattered, stuck])
+    assert alone["python"] < 1e-8, "the least that was seen: other load only adds"
+    assert alone["picture"] == 1e-9
 
 
 def test_probes_of_another_thread_count_do_not_count(tmp_path: Path) -> None:

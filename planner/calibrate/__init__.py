@@ -7,6 +7,7 @@ probe runs (``calibrate``), and the shipped defaults of its architecture.
 from __future__ import annotations
 
 import logging
+import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -32,6 +33,11 @@ Mode = Literal["auto", "never", "full"]
 Calls = Iterable[CallTrace | tuple[CallTrace, int]]
 
 _DTYPES = {"cpu": ("fp32", "bf16"), "cuda": ("fp16", "bf16", "fp32")}
+SPOT_CHECKS, SPOT_SECONDS, DRIFT = 3, 2.0, 1.5
+"""Stored operations that are timed again before they are relied on, the time for that, and by how much they may have changed.
+
+The factor is assumed: twice the scatter that makes a measurement unstable, so that a quiet machine stays within it.
+"""
 _MEMORY_SHARE = 0.25
 """Share of the free memory that probes may use."""
 _LEAST_MEMORY_BYTES = 256 << 20
@@ -49,6 +55,18 @@ class Calibration:
     store: Store | None = None
     rates: Mapping[str, float] = field(default_factory=dict)
     _applied: dict[str, tuple[float, float]] = field(default_factory=dict)
+    _timed_now: dict[SampleKey, Sample] = field(default_factory=dict)
+    """What this process timed: nothing stored is truer."""
+
+    def sample(self, key: SampleKey) -> Sample | None:
+        """The timing of an operation, if there is one."""
+        return self._timed_now.get(key) or self.samples.get(key)
+
+    def keep(self, samples: Mapping[str, Sample]) -> None:
+        """Remember what was timed just now, here and in the store."""
+        self._timed_now.update({(sample.signature, sample.threads): sample for sample in samples.values()})
+        if self.store is not None and self.key is not None:
+            self.store.add_samples(self.key, samples.values())
 
     def corrections(self, pipeline_digest: str) -> tuple[float, float]:
         """(memory_scale, time_scale) learned from earlier runs of that pipeline here; (1, 1) when there were none."""
@@ -102,7 +120,7 @@ def _from_contents(contents: Contents, device: Device, key: DeviceKey, store: St
 
     default, threads = default_coefficients(device), thread_count()
     runs = [run for run in contents.runs if run.threads == threads or device.kind == "cuda"]
-    rates = rates_of(rate for run in runs for rate in run.rates)
+    rates = rates_of(run for run in runs if run.quiet)
     samples = contents.by_key()
     notes = tuple(f"run {run.id} was unstable: {', '.join(run.unstable())[:200]}" for run in runs if run.unstable())
     try:
@@ -172,15 +190,17 @@ def probe_missing(traces_calls: Calls, device: Device, calibration: Calibration,
     counted = [item if isinstance(item, tuple) else (item, 1) for item in traces_calls]
     threads = thread_count()
     counts = _occurrences(counted, variants)
-    known = {text: sample for text in counts if (sample := calibration.samples.get((text, threads))) is not None}
+    known = {text: sample for text in counts if (sample := calibration.sample((text, threads))) is not None}
+    if budget_seconds > 0:
+        trusted = calibration.sample if _still_true(known, counts, device, calibration, progress) else calibration._timed_now.get
+        known = {text: sample for text in known if (sample := trusted((text, threads))) is not None}
     missing = {text: count for text, count in counts.items() if text not in known}
     if missing and budget_seconds > 0:
         from planner.calibrate.probe import probe_operations
 
         new = probe_operations(missing, _torch_device(device), budget_seconds, _memory_limit(device), progress)
         known |= new
-        if calibration.store is not None and calibration.key is not None:
-            calibration.store.add_samples(calibration.key, new.values())
+        calibration.keep(new)
     seconds = {text: sample.seconds for text, sample in known.items() if sample.seconds is not None}
     if device.kind != "cpu" or not seconds:
         return seconds
@@ -188,8 +208,29 @@ def probe_missing(traces_calls: Calls, device: Device, calibration: Calibration,
     return with_host_share(seconds, [call for call, _ in counted], rates, variants)
 
 
+def _still_true(known: Mapping[str, Sample], counts: Mapping[str, int], device: Device, calibration: Calibration,
+                progress: Progress) -> bool:  # fmt: skip
+    """Whether stored timings hold now: those that weigh most are taken again. A machine that was busy then, or is now, differs."""
+    stored = {text: sample.seconds * counts[text] for text, sample in known.items()
+              if sample.seconds is not None and (text, sample.threads) not in calibration._timed_now}  # fmt: skip
+    heaviest = sorted(stored, key=lambda text: (-stored[text], text))[:SPOT_CHECKS]
+    if not heaviest:
+        return True
+    from planner.calibrate.probe import probe_operations
+
+    wanted = {text: counts[text] for text in heaviest}
+    again = probe_operations(wanted, _torch_device(device), SPOT_SECONDS, _memory_limit(device), progress)
+    both = [(again[text].seconds, known[text].seconds) for text in heaviest if text in again]
+    ratios = [now / then for now, then in both if now is not None and then is not None]
+    calibration.keep(again)
+    holds = not ratios or 1 / DRIFT < statistics.median(ratios) < DRIFT
+    if not holds:
+        progress(f"stored timings are off by {statistics.median(ratios):.2f} times: timing this pipeline's operations again")
+    return holds
+
+
 def _host_rates(calibration: Calibration, progress: Progress) -> Mapping[str, float]:
-    """What this CPU adds to each operation: as calibrated, else measured now (about two seconds) and kept."""
+    """What this CPU adds to each operation: as calibrated by a quiet run, else measured now (about two seconds) and kept."""
     if "python" in calibration.rates:
         return calibration.rates
     from planner.calibrate.fit import rates_of
@@ -198,7 +239,7 @@ def _host_rates(calibration: Calibration, progress: Progress) -> Mapping[str, fl
     run = probe_host("cpu", progress)
     if calibration.store is not None and calibration.key is not None:
         calibration.store.add_run(calibration.key, run)
-    return {**calibration.rates, **rates_of(run.rates)}
+    return {**calibration.rates, **rates_of([run])}
 
 
 def in_variant(probes: Mapping[str, float], call: CallTrace, variant: Variant) -> dict[str, float]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from planner.calibrate.samples import Rate, Run, Sample
+from planner.calibrate.samples import Run, Sample
 from planner.calibrate.signature import ITEM_BYTES, Operation, flops_of, parse_signature, weight_bytes
 from planner.cost.coefficients import Coefficients
 from planner.cost.kernels import compute_seconds, moving_seconds
@@ -197,7 +197,7 @@ def _dims(operation: Operation, kind: Kind) -> tuple[int, ...]:
 
 def _host_figures(runs: Sequence[Run], device: Device, kernel: float) -> dict[str, float]:
     """Medians of the host's and the link's rates. On a CPU the host's time per operation is part of the kernel's."""
-    per_unit = rates_of(rate for run in runs for rate in run.rates)
+    per_unit = rates_of(runs)
     out: dict[str, float] = {}
     if "picture" in per_unit:
         out["picture_bytes_per_second"] = 1 / per_unit["picture"]
@@ -213,12 +213,15 @@ def _host_figures(runs: Sequence[Run], device: Device, kernel: float) -> dict[st
     return {name: float(f"{value:.4g}") for name, value in out.items()}
 
 
-def rates_of(rates: Iterable[Rate]) -> dict[str, float]:
-    """Rate name to the median over runs of its seconds per unit."""
+def rates_of(runs: Iterable[Run]) -> dict[str, float]:
+    """Rate name to the median over quiet runs of its seconds per unit; without a quiet run the least that any showed."""
+    known = list(runs)
+    quiet = [run for run in known if run.quiet]
     found: dict[str, list[float]] = {}
-    for rate in rates:
-        found.setdefault(rate.name, []).append(rate.seconds_per_unit)
-    return {name: statistics.median(values) for name, values in found.items()}
+    for run in quiet or known:
+        for rate in run.rates:
+            found.setdefault(rate.name, []).append(rate.seconds_per_unit if quiet else rate.least_per_unit)
+    return {name: statistics.median(values) if quiet else min(values) for name, values in found.items()}
 
 
 __all__ = ["Fit", "call_of", "fit_coefficients", "kernel_seconds", "rates_of"]

@@ -13,6 +13,8 @@ from planner.types import Frozen
 
 UNSTABLE_SPREAD = 0.25
 """Median absolute deviation over the median above which a measurement is called unstable."""
+BUSY_SECONDS = 1e-3
+"""Host time for one operation that no idle machine takes; assumed: twenty times what is measured on slow ones."""
 MAX_REPETITIONS = 64
 Seconds = Annotated[float, Field(gt=0, lt=1e5, allow_inf_nan=False)]
 
@@ -62,8 +64,19 @@ class Rate(Frozen):
         return statistics.median(self.repetitions) / self.units
 
     @property
+    def least_per_unit(self) -> float:
+        """The lower quartile of the repetitions, per unit: other load only ever adds."""
+        known = self.repetitions
+        return (statistics.quantiles(known, n=4)[0] if len(known) > 1 else known[0]) / self.units
+
+    @property
     def unstable(self) -> bool:
         return spread(self.repetitions) > UNSTABLE_SPREAD
+
+    @property
+    def busy(self) -> bool:
+        """Whether the machine must have been doing something else: see :data:`BUSY_SECONDS`."""
+        return self.name in ("launch", "python") and self.seconds_per_unit > BUSY_SECONDS
 
 
 class Run(Frozen):
@@ -77,9 +90,14 @@ class Run(Frozen):
     samples: Annotated[tuple[Sample, ...], Field(max_length=1000)] = ()
     rates: Annotated[tuple[Rate, ...], Field(max_length=100)] = ()
 
+    @property
+    def quiet(self) -> bool:
+        """Whether its host and link figures can be relied on, all of them: a machine is busy with other things or it is not."""
+        return not any(rate.unstable or rate.busy for rate in self.rates)
+
     def unstable(self) -> tuple[str, ...]:
         """What scattered too much to be relied on, by name."""
-        rates = tuple(rate.name for rate in self.rates if rate.unstable)
+        rates = tuple(rate.name for rate in self.rates if rate.unstable or rate.busy)
         return (*rates, *(sample.signature[:80] for sample in self.samples if sample.unstable))
 
 
