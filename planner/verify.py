@@ -183,11 +183,12 @@ def run_seeded(plan: Plan, pipe: Any, inputs: Mapping[str, Any], parts: int | No
 
     from planner.calls import call_split
     from planner.dryrun.inputs import call_parameters
+    from planner.noise import one_noise_for_all_dtypes
 
     seeded = dict(inputs)
     if "generator" in call_parameters(pipe):
         seeded["generator"] = torch.Generator("cpu").manual_seed(0)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), one_noise_for_all_dtypes():
         torch.manual_seed(0)
         return call_split(plan, pipe, seeded, parts, fewer_steps=parts != 1)
 

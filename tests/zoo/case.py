@@ -11,6 +11,8 @@ from typing import Any
 import numpy as np
 import torch
 
+from planner.noise import one_noise_for_all_dtypes
+
 SEED = 0
 PROMPT = "a small cat on a red mat"
 Inputs = Mapping[str, Any] | Callable[[], Mapping[str, Any]]
@@ -18,8 +20,8 @@ Inputs = Mapping[str, Any] | Callable[[], Mapping[str, Any]]
 
 @contextmanager
 def seeded(seed: int = SEED) -> Iterator[None]:
-    """Run the block from one CPU seed and put the caller's random state back afterwards."""
-    with torch.random.fork_rng(devices=[]):
+    """Run the block from one CPU seed, the noise the same in every dtype, and put the caller's random state back afterwards."""
+    with torch.random.fork_rng(devices=[]), one_noise_for_all_dtypes():
         torch.manual_seed(seed)
         yield
 
