@@ -15,6 +15,9 @@ from planner.types import Alternative, Device, Estimate, Frozen, KnobValue, Meas
 
 SCHEMA = "planner.plan/1"
 MAX_FILE_BYTES = 16 << 20
+LARGEST_INTEGER = 1 << 63
+LARGEST_NUMBER = 1e30
+"""Numbers above these, or nearer to zero than the inverse, are no sizes, rates or times: whatever is computed from them is finite."""
 
 
 class FrontierPoint(Frozen):
@@ -167,7 +170,7 @@ class Plan(Frozen):
         """
         text, where = _read(source)
         try:
-            content = json.loads(text)
+            content = json.loads(text, parse_int=_integer, parse_float=_number, parse_constant=_number)
         except (ValueError, RecursionError) as error:
             raise ProfileError(f"{where}: not JSON ({error}); a plan file comes from plan.to_json().") from error
         if not isinstance(content, dict) or content.get("schema") != SCHEMA:
@@ -210,6 +213,20 @@ class Plan(Frozen):
 
     def __str__(self) -> str:
         return self.explain()
+
+
+def _integer(text: str) -> int:
+    value = int(text)
+    if abs(value) >= LARGEST_INTEGER:
+        raise ValueError(f"{text[:30]} is larger than any number of a plan")
+    return value
+
+
+def _number(text: str) -> float:
+    value = float(text)
+    if value and not 1 / LARGEST_NUMBER < abs(value) < LARGEST_NUMBER:
+        raise ValueError(f"{text[:30]} is no number of a plan")
+    return value
 
 
 def _read(source: str | Path) -> tuple[str, str]:

@@ -6,6 +6,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -19,7 +20,8 @@ from hypothesis import strategies as st
 from planner import Plan
 from planner.dryrun import store
 from planner.dryrun.trace import from_arrays
-from planner.errors import PlannerError
+from planner.errors import ApplyError, PlannerError
+from planner.explain.diff import compare_plans, render
 from planner.hardware.profiles import find_gpu
 from tests.golden import cases
 
@@ -74,6 +76,33 @@ def test_a_plan_with_one_place_replaced_is_a_plan_or_an_error(plan_text: str, da
         return
     if plan is not None:
         assert Plan.from_json(plan.to_json()).to_json() == plan.to_json()
+        show(plan)
+
+
+def show(plan: Plan) -> None:
+    """All that is made of a plan that came from a file."""
+    other = cases.offloaded()
+    for written in (plan.explain(verbose=True), plan._repr_html_(), render(compare_plans(plan, other)), render(compare_plans(other, plan))):
+        assert written
+
+
+ODD_NUMBERS = ("NaN", "Infinity", "1e999", "1e308", "1e-320", "-1e30", "9" * 400, str(1 << 63), "-1", "0", "0.0")
+
+
+@pytest.mark.parametrize("number", ODD_NUMBERS)
+@pytest.mark.parametrize("field", ["latency_seconds", "peak_allocated_bytes", "seconds", "budget_bytes", "speedup"])
+def test_numbers_that_no_plan_has_are_refused_or_shown(field: str, number: str) -> None:
+    """Found by fuzzing: NaN, numbers beyond a float, and times that add up to nothing got into tables and charts."""
+    text, count = re.subn(rf'("{field}": )[-0-9.e+]+', rf"\g<1>{number}", cases.offloaded().to_json())
+    assert count
+    with contextlib.suppress(PlannerError):
+        show(Plan.from_json(text))
+
+
+def test_a_plan_of_a_model_in_an_unknown_users_home_is_shown_without_its_code() -> None:
+    plan = Plan.from_json(cases.untouched().model_copy(update={"model": "~nobody-of-that-name/x", "statements": None}).to_json())
+    with pytest.raises(ApplyError, match=r"planner\.explain"):
+        plan.to_python()
 
 
 @FUZZ

@@ -177,7 +177,7 @@ def time_bars(estimate: Estimate) -> str:
     longest = max((phase.seconds for phase in phases), default=0.0)
     if longest <= 0:
         return "<p class=soft>no time is predicted</p>"
-    total = sum(phase.seconds for phase in phases)
+    total = sum(phase.seconds for phase in phases) or longest
     parts = []
     for place, phase in enumerate(phases[:10]):
         y = 14 + place * 34

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -64,7 +65,7 @@ def resolve(model: object) -> ModelSource:
         raise ProfileError(f"{model[:80]!r} is not a model name.")
     looks_like_path = model.startswith((".", "/", "~")) or "\\" in model or re.match(r"[A-Za-z]:", model)
     if looks_like_path:
-        return _from_folder(Path(model).expanduser())
+        return _from_folder(Path(os.path.expanduser(model)))  # leaves a user that it does not know alone
     profile = bundled.find_profile(model)
     if profile is not None and not (Path(model) / "model_index.json").is_file():
         return _from_profile(profile)
