@@ -72,7 +72,7 @@ def constraints() -> str:
         "|---|---|---|---|---|",
     ]
     for knob in KNOBS:
-        for conflict in knob.conflicts:
+        for conflict in (*knob.conflicts, *knob.conditional):
             here, there = _values(knob.name, conflict.values), _values(conflict.other, conflict.other_values)
             lines.append(f"| {here} | {there} | {conflict.verdict} | {_cell(conflict.reason)} | {_cell(conflict.source)} |")
     lines += ["", "## The knobs, in the order in which they are applied", "", "| knob | what it does |", "|---|---|"]

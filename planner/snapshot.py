@@ -16,7 +16,7 @@ from torch import nn
 
 from planner.dryrun.facts import unwrap
 
-PIPE_ATTRIBUTES = ("_all_hooks", "_offload_device", "_offload_gpu_id", "hf_device_map", "_planner")
+PIPE_ATTRIBUTES = ("_all_hooks", "_offload_device", "_offload_gpu_id", "_exclude_from_cpu_offload", "hf_device_map", "_planner")
 """Pipeline attributes that knobs leave behind. What ``__call__`` itself stores there is no concern of a plan."""
 _ABSENT = object()
 

@@ -131,6 +131,8 @@ SIM_SETTINGS: tuple[dict[str, KnobValue], ...] = (
     {"offload": "group_block"},
     {"offload": "group_block", "offload_blocks": 2},
     {"offload": "group_leaf"},
+    {"offload": "group_block", "offload_keep": "vae"},
+    {"offload": "sequential", "offload_keep": "text_encoder"},
     {"offload": "model", "dtype": "bf16", "vae_tiling": True},
     {"offload": "group_leaf", "fuse_qkv": True},
     {"offload": "group_block", "quantization": "{denoiser}=fp8_layerwise"},
@@ -156,7 +158,7 @@ def test_offload_on_an_accelerator_runs_and_undo_is_the_identity(family: str, ch
         assert read_facts(pipe).offload == chosen["offload"]
         applied.undo()
     assert np.isfinite(output).all()
-    if chosen.keys() <= {"offload", "offload_blocks"}:
+    if chosen.keys() <= {"offload", "offload_blocks", "offload_keep"}:
         assert np.abs(output - reference).max() < 1e-4
     assert_untouched(family, before)
 

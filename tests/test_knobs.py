@@ -234,6 +234,9 @@ def test_bad_settings_say_what_was_meant(text: str, said: str) -> None:
         ({"scheduler": "DPMSolverMultistepScheduler"}, context(pipeline(UNET, inspects_scheduler=False)), "may not take"),
         ({"scheduler": "EDMEulerScheduler"}, context(SD), "not among"),
         ({"steps": 60}, context(SD), "more than the 50 planned"),
+        ({"offload": "sequential", "offload_keep": "text_encoder_9"}, context(SD), "no component 'text_encoder_9'"),
+        ({"offload": "sequential", "offload_keep": "unet"}, context(SD), "nothing is left"),
+        ({"offload_keep": "unet"}, context(SD), None),  # settled away: nothing is offloaded
         ({"offload": "group_leaf", "offload_stream": True}, context(SD, device("sim")), "streams"),
     ],
 )
@@ -257,6 +260,7 @@ def test_what_cannot_work_is_refused_with_its_reason(settings: dict[str, KnobVal
             "safetensors files cannot hold",
         ),
         ({"steps": 25}, context(SD), "lose image quality"),
+        ({"offload": "model", "offload_keep": "vae"}, context(SD), "as many copies, more memory"),
     ],
 )
 def test_values_that_cannot_be_combined(settings: dict[str, KnobValue], where: Context, said: str) -> None:
@@ -303,6 +307,8 @@ def test_values_follow_the_workload() -> None:
     assert knob("steps").values(context()) == (0, 25)
     assert knob("offload_blocks").values(context()) == (1, 2)
     assert knob("offload").values(context(on=device("cpu"))) == ("none",)
+    assert knob("offload_keep").values(context(on=device("cpu"))) == ("none",)
+    assert knob("offload_keep").values(context()) == ("none", "vae", "text_encoder", "text_encoder,vae")
     assert knob("offload").values(context()) == ("none", "model", "sequential", "group_block", "group_leaf")
 
 
@@ -352,6 +358,30 @@ def test_plain_code_of_group_offload_names_every_component() -> None:
     assert "num_blocks_per_group=2" in lines[1]
     assert "offload_to_disk_path" not in lines[0]  # tied weights stay in memory
     assert "offload_to_disk_path" in lines[1]
+
+
+def test_plain_code_keeps_components_on_the_device() -> None:
+    lines = to_python({"offload": "group_leaf", "offload_keep": "vae, text_encoder"}, context())
+    assert [line for line in lines if ".to(" in line] == ['pipe.text_encoder.to("cuda")', 'pipe.vae.to("cuda")']
+    excluded, enabled = to_python({"offload": "sequential", "offload_keep": "vae"}, context())
+    assert excluded == "pipe._exclude_from_cpu_offload = [*pipe._exclude_from_cpu_offload, 'vae']"
+    assert enabled.startswith("pipe.enable_sequential_cpu_offload")
+
+
+def test_of_many_encoders_the_smallest_are_kept_together() -> None:
+    encoders = [T5.model_copy(update={"name": f"text_encoder_{number}", "weight_bytes": 1000 - number}) for number in range(4)]
+    values = knob("offload_keep").values(context(pipeline(UNET, *encoders)))
+    assert values == ("none", "text_encoder_3", "text_encoder_2,text_encoder_3", "text_encoder_1,text_encoder_2,text_encoder_3",
+                      "text_encoder_0,text_encoder_1,text_encoder_2,text_encoder_3")  # fmt: skip
+
+
+def test_every_conflict_that_depends_on_other_settings_is_declared() -> None:
+    """The public table is made from the declarations."""
+    for where in CONTEXTS.values():
+        for each in KNOBS:
+            others: dict[str, KnobValue] = {"quantization": "unet=fp8_layerwise", "cache": "first_block", "offload": "model"}
+            found = {each.clash(value, others, where) for value in each.values(where)}
+            assert found <= {None, *each.conditional, *each.conflicts}
 
 
 def test_keeping_float32_parts_is_written_out() -> None:

@@ -282,12 +282,9 @@ def _quantization(module: Any, tensors: Any) -> str | None:
 
 
 def _offload_in_force(modules: dict[str, nn.Module]) -> str:
-    for module in modules.values():
-        for part in module.modules():
-            found = _hook_offload(part)
-            if found:
-                return found
-    return "none"
+    """Under block-level group offload some components go by leaves."""
+    found = [each for module in modules.values() for part in module.modules() if (each := _hook_offload(part))]
+    return "group_block" if "group_block" in found else next(iter(found), "none")
 
 
 def _hook_offload(part: nn.Module) -> str | None:

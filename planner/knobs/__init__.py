@@ -13,6 +13,7 @@ from planner.knobs.compile import Compile
 from planner.knobs.dtype import Dtype
 from planner.knobs.fuse_qkv import FuseQkv
 from planner.knobs.offload import Offload, OffloadBlocks, OffloadDisk, OffloadStream
+from planner.knobs.offload_keep import OffloadKeep
 from planner.knobs.precision import CudnnBenchmark, Tf32
 from planner.knobs.quantization import Quantization
 from planner.knobs.scheduler import Scheduler, Steps
@@ -37,6 +38,7 @@ _ALL: tuple[Knob, ...] = (
     OffloadStream(),
     OffloadBlocks(),
     OffloadDisk(),
+    OffloadKeep(),
     Cache(),
     VaeSlicing(),
     VaeTiling(),

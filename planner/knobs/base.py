@@ -64,6 +64,8 @@ class Knob(ABC):
     stage: ClassVar[int]
     """Place in the apply order (ascending); undo runs in exact reverse."""
     conflicts: ClassVar[tuple[Conflict, ...]] = ()
+    conditional: ClassVar[tuple[Conflict, ...]] = ()
+    """What ``clash`` may answer with; where values are free text, words that describe them."""
 
     def order(self, settings: Settings) -> int:
         """Place in the apply order under these settings; ``stage`` unless another knob's value moves it."""

@@ -27,11 +27,19 @@ def _conflict(values: frozenset[str], other: str, others: set[KnobValue], verdic
     )
 
 
+CAST = _conflict(ANY, "quantization", {"fp8_layerwise"}, "pointless", "about 40 graph breaks and the recompile limit; fullgraph raises",
+                 TRIED)  # fmt: skip
+UNWRAPPED = _conflict(frozenset({"jit-trace"}), "quantization", {"any scheme"}, "untested", "tracing unwraps quantized tensors", "untried")
+DECIDING = _conflict(GRAPHS, "cache", {"any but none"}, "fails", "a cache decides on the CPU whether blocks run, which a CUDA graph cannot",
+                     "expected, untried")  # fmt: skip
+
+
 class Compile(Knob):
     """Whole denoisers with one of torch's modes, their repeated blocks (``regional``), or ``torch.jit.trace``."""
 
     name = "compile"
     stage = 70
+    conditional = (CAST, UNWRAPPED, DECIDING)
     conflicts = (
         _conflict(ANY, "offload", {"sequential"}, "pointless", "57 graph breaks, recompile limit reached", TRIED),
         _conflict(ANY, "offload", {"group_leaf"}, "pointless", "54 graph breaks, recompile limit reached", TRIED),
@@ -76,15 +84,10 @@ class Compile(Knob):
         """Quantized or cast weights, by scheme: the values of ``quantization`` are free text."""
         scheme = str(settings.get("quantization", "none"))
         if value != "none" and "fp8_layerwise" in scheme:
-            why = "about 40 graph breaks and the recompile limit; fullgraph raises"
-            return _conflict(frozenset({str(value)}), "quantization", {scheme}, "pointless", why, TRIED)
+            return CAST
         if value == "jit-trace" and scheme != "none":
-            why = "tracing unwraps quantized tensors"
-            return _conflict(frozenset({str(value)}), "quantization", {scheme}, "untested", why, "untried")
-        if value in GRAPHS and settings.get("cache", "none") != "none":
-            why = "a cache decides on the CPU whether blocks run, which a CUDA graph cannot"
-            return _conflict(GRAPHS, "cache", {settings["cache"]}, "fails", why, "expected, untried")
-        return None
+            return UNWRAPPED
+        return DECIDING if value in GRAPHS and settings.get("cache", "none") != "none" else None
 
     def shape(self, recipe: Recipe, value: KnobValue, context: Context) -> Recipe:
         if value == "none":

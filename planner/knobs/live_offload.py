@@ -15,7 +15,7 @@ from torch import nn
 from planner.dryrun.facts import pipeline_modules
 from planner.knobs.base import Site, Undo
 from planner.knobs.live import place_everything, place_module, reversible
-from planner.knobs.offload import group_type
+from planner.knobs.offload import group_type, kept_by
 
 HOST = torch.device("cpu")
 
@@ -29,8 +29,11 @@ def whole(site: Site, *, sequential: bool) -> Undo:
     """Model or sequential offload through the pipeline's own method."""
     device = indexed(site.device)
     enable = site.pipe.enable_sequential_cpu_offload if sequential else site.pipe.enable_model_cpu_offload
+    kept = sorted(kept_by(site.settings)) if sequential else []
 
     def change() -> None:
+        if kept:
+            site.pipe._exclude_from_cpu_offload = [*site.pipe._exclude_from_cpu_offload, *kept]
         # In place, so that the tensors which undo puts back are not held on the device meanwhile.
         place_everything(site, HOST)
         enable(device=device)
@@ -49,14 +52,15 @@ def _remove_accelerate_hooks(site: Site) -> None:
 
 
 def group(site: Site, offload: str) -> Undo:
-    """Group offload, component by component; those that cannot stay on the device."""
+    """Group offload, component by component; those that cannot, or are to be kept, stay on the device."""
+    kept = kept_by(site.settings)
     folder = Path(tempfile.mkdtemp(prefix="planner-offload-")) if site.settings.get("offload_disk") else None
 
     def change() -> None:
         place_everything(site, HOST)
         for component in site.facts.components:
             module = pipeline_modules(site.pipe)[component.name]
-            kind = group_type(component, offload)
+            kind = None if component.name in kept else group_type(component, offload)
             # With tied weights the second group would write what the first has already emptied.
             path = None if folder is None or component.tied_weights else folder / component.name
             if kind is None:

@@ -14,6 +14,14 @@ OFFLOADS = ("none", "model", "sequential", "group_block", "group_leaf")
 GROUP = frozenset({"group_block", "group_leaf"})
 PIPELINE_UTILS = "diffusers 0.42.1 pipelines/pipeline_utils.py"
 GROUP_OFFLOADING = "diffusers 0.42.1 hooks/group_offloading.py"
+UNWRITABLE = Conflict(
+    values=frozenset({True}),
+    other="quantization",
+    other_values=frozenset({"any scheme"}),
+    verdict="fails",
+    reason="safetensors files cannot hold quantized tensors",
+    source=f"{GROUP_OFFLOADING} ModuleGroup._check_disk_offload_torchao; tried",
+)
 GroupType = Literal["block_level", "leaf_level"]
 
 
@@ -72,8 +80,12 @@ class Offload(Knob):
         return (f'pipe.enable_{value}_cpu_offload(device="{device}")',)
 
     def statements(self, value: KnobValue, settings: Settings, context: Context) -> tuple[str, ...]:
-        if value not in GROUP or context.facts.offload != "none":
+        if context.facts.offload != "none" or value not in (*GROUP, "sequential"):
             return self.to_python(value, context)
+        kept = sorted(kept_by(settings))
+        if value == "sequential":
+            excluded = (f"pipe._exclude_from_cpu_offload = [*pipe._exclude_from_cpu_offload, {', '.join(map(repr, kept))}]",)
+            return (*(excluded if kept else ()), *self.to_python(value, context))
         return tuple(_group_statement(part, str(value), settings, context) for part in context.facts.components)
 
 
@@ -133,6 +145,7 @@ class OffloadDisk(Switch):
 
     name = "offload_disk"
     stage = 83
+    conditional = (UNWRITABLE,)
 
     def refuse(self, value: KnobValue, context: Context) -> str | None:
         if not value:
@@ -148,16 +161,7 @@ class OffloadDisk(Switch):
         return value if settings.get("offload") in GROUP and context.facts.offload == "none" else False
 
     def clash(self, value: KnobValue, settings: Settings, context: Context) -> Conflict | None:
-        if not value or settings.get("quantization", "none") == "none":
-            return None
-        return Conflict(
-            values=frozenset({value}),
-            other="quantization",
-            other_values=frozenset({settings["quantization"]}),
-            verdict="fails",
-            reason="safetensors files cannot hold quantized tensors",
-            source=f"{GROUP_OFFLOADING} ModuleGroup._check_disk_offload_torchao",
-        )
+        return UNWRITABLE if value and settings.get("quantization", "none") != "none" else None
 
     def shape(self, recipe: Recipe, value: KnobValue, context: Context) -> Recipe:
         return recipe.but(offload_disk=bool(value))
@@ -182,8 +186,13 @@ def group_type(component: ComponentFacts, offload: str) -> GroupType | None:
     return "block_level"
 
 
+def kept_by(settings: Settings) -> frozenset[str]:
+    """Components that ``offload_keep`` names."""
+    return frozenset(str(settings.get("offload_keep", "none")).split(",")) - {"none"}
+
+
 def _group_statement(part: ComponentFacts, value: str, settings: Settings, context: Context) -> str:
-    kind, device = group_type(part, value), context.device.kind
+    kind, device = None if part.name in kept_by(settings) else group_type(part, value), context.device.kind
     if kind is None:
         return f'pipe.{part.name}.to("{device}")'
     options = f'onload_device=torch.device("{device}"), offload_type="{kind}"'

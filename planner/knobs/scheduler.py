@@ -14,6 +14,14 @@ FAST_STEPS = 25
 SLOW = frozenset({"DDPMScheduler", "DDIMScheduler", "PNDMScheduler", "EulerDiscreteScheduler", "LMSDiscreteScheduler",
                   "EulerAncestralDiscreteScheduler", "HeunDiscreteScheduler"})  # fmt: skip
 AS_IS = "as_is"
+FEW_STEPS = Conflict(
+    values=frozenset({"fewer than planned"}),
+    other="scheduler",
+    other_values=frozenset({"any but " + " and ".join(FAST)}),
+    verdict="wrong",
+    reason="fewer steps with a first-order solver lose image quality",
+    source="diffusers documentation, schedulers/overview",
+)
 
 
 class Scheduler(Knob):
@@ -76,6 +84,7 @@ class Steps(Knob):
 
     name = "steps"
     stage = 8
+    conditional = (FEW_STEPS,)
 
     def check(self, value: KnobValue) -> KnobValue:
         return as_count(self.name, value, least=0)
@@ -101,16 +110,8 @@ class Steps(Knob):
 
     def clash(self, value: KnobValue, settings: Settings, context: Context) -> Conflict | None:
         """Fewer steps only with a solver of higher order."""
-        if not value or settings.get("scheduler") in FAST or context.facts.scheduler in FAST:
-            return None
-        return Conflict(
-            values=frozenset({value}),
-            other="scheduler",
-            other_values=frozenset({settings.get("scheduler", AS_IS)}),
-            verdict="wrong",
-            reason="fewer steps with a first-order solver lose image quality",
-            source="diffusers documentation, schedulers/overview",
-        )
+        fast = settings.get("scheduler") in FAST or context.facts.scheduler in FAST
+        return FEW_STEPS if value and not fast else None
 
     def shape(self, recipe: Recipe, value: KnobValue, context: Context) -> Recipe:
         planned = planned_steps(context)
