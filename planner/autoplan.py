@@ -138,9 +138,10 @@ class Glances:
 
     def __init__(self, model: Any, *, memory: int | str | None = None, host_memory: int | str | None = None, quality: Quality = "lossless",
                  objective: Objective = "latency", calls: int | None = None, fix: Mapping[str, KnobValue] | None = None,
-                 calibrate: str = "auto", **workload: Any) -> None:  # fmt: skip
+                 calibrate: str = "auto", inputs: Mapping[str, Any] | None = None, **workload: Any) -> None:  # fmt: skip
         self._request = _request(quality, objective, calls, fix, host_memory)
         self._source, self._memory, self._calibrate, self._workload = resolve(model), memory, calibrate, workload
+        self._inputs = inputs
         self._traces: dict[int, tuple[Traces, Known]] = {}
         self.model = self._source.name
 
@@ -152,9 +153,17 @@ class Glances:
             return self._at(target, asked)
         return grow(lambda batch: self._at(target, batch), asked)[1]
 
+    def fits(self, gpu: str | None, batch: int) -> bool:
+        """Whether some plan of that batch fits the device."""
+        try:
+            return self._at(target_for(gpu, self._memory, self._request.host_budget_bytes), batch).predicted.fits
+        except NoFeasiblePlan:
+            return False
+
     def _at(self, target: Device, batch: int) -> Glance:
         if batch not in self._traces:
-            self._traces[batch] = Traces.of(self._source, _workload(**{**self._workload, "batch_size": batch})), Known()
+            workload = _workload(**{**self._workload, "batch_size": batch})
+            self._traces[batch] = Traces.of(self._source, workload, self._inputs), Known()
         traces, known = self._traces[batch]
         model = _cost_model(traces, target, self._calibrate, known)
         return Glance(target, traces.workload.batch_size, *glance(traces, model, self._request))
@@ -178,21 +187,15 @@ def max_batch_size(model: Any, gpu: str | None = None, *, limit: int = 256, **op
 
     ``options``: as :func:`explain`. The need grows with the batch, so the answer is found by bisection.
     """
-    fix = dict(options.pop("fix", None) or {}) | {"batch_split": 1}
-
-    def fits(batch: int) -> bool:
-        try:
-            return explain(model, gpu, fix=fix, batch_size=batch, **options).predicted.fits
-        except NoFeasiblePlan:
-            return False
+    glances = Glances(model, fix=dict(options.pop("fix", None) or {}) | {"batch_split": 1}, **options)
 
     low, high = 0, 1
-    while high <= limit and fits(high):
+    while high <= limit and glances.fits(gpu, high):
         low, high = high, high * 2
     high = min(high, limit + 1)
     while high - low > 1:
         middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
+        low, high = (middle, high) if glances.fits(gpu, middle) else (low, middle)
     return low
 
 
@@ -249,11 +252,12 @@ def _best_batch(source: ModelSource, target: Device, request: Request, calibrati
            batch_size: int) -> int:  # fmt: skip
     """The batch that makes most samples a second, from ``batch_size`` on."""
 
-    def planned(batch: int) -> Plan:
+    def seen(batch: int) -> Glance:
         traces = Traces.of(source, _workload(batch_size=batch), inputs)
-        return decide(source, traces, CostModel(traces, target, calibration.coefficients, traces.workload.batch_size), request)
+        model = CostModel(traces, target, calibration.coefficients, traces.workload.batch_size)
+        return Glance(target, batch, *glance(traces, model, request))
 
-    return grow(planned, batch_size)[0]
+    return grow(seen, batch_size)[0]
 
 
 def _probe(traces: Traces, model: CostModel, calibration: Calibration, calibrate: str, quality: Quality, say: Progress) -> Prober | None:
