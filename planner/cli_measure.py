@@ -28,13 +28,14 @@ def check(file: Path, folder: Path | None, random_weights: bool, as_json: bool) 
     """
     from planner import verify
     from planner.plan import Plan
+    from planner.reference import reference_output
 
     plan = Plan.from_json(file)
     _require_device(plan)
     pipe = _pipeline(plan, folder, random_weights)
     with output.progress() as say:
         say("running the pipeline as it is, for comparison")
-        reference = verify.reference_output(plan, pipe, {})
+        reference = reference_output(plan, pipe, {})
         say("running it under the plan")
         with plan.apply(pipe):
             result = verify.check(plan, pipe, {}, reference)

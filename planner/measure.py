@@ -7,6 +7,7 @@ taken in a run of their own because recording them costs time. Weights count on 
 from __future__ import annotations
 
 import gc
+import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,10 +23,14 @@ class StepClock:
 
     stamps: list[float] = field(default_factory=list)
     synchronize: Callable[[], None] = lambda: None
+    deadline: float = math.inf
+    """On the clock of ``time.perf_counter``."""
 
     def tick(self) -> None:
         self.synchronize()
         self.stamps.append(time.perf_counter())
+        if self.stamps[-1] > self.deadline:
+            raise TimeoutError("the call takes longer than it may")
 
     @property
     def step_seconds(self) -> float | None:
@@ -79,10 +84,11 @@ def clocked(pipe: Any, synchronize: Callable[[], None] = lambda: None) -> Iterat
 
 
 def measure_call(pipe: Any, call: Callable[[], Any], device: Any, *, repetitions: int = 1, warmup: int = 0,
-                 counters: bool = True) -> tuple[Any, Measurement]:  # fmt: skip
+                 counters: bool = True, limit_seconds: float = math.inf) -> tuple[Any, Measurement]:  # fmt: skip
     """Run ``call`` and measure it; the last output and the counters. Times are medians over ``repetitions``.
 
     On the CPU one more run before the timed ones records the allocator's events (unless ``counters`` is false).
+    Raises TimeoutError after the step in which a call has taken longer than ``limit_seconds``.
     """
     synchronize = _synchronizer(device)
     for _ in range(warmup):
@@ -97,6 +103,7 @@ def measure_call(pipe: Any, call: Callable[[], Any], device: Any, *, repetitions
             clock.stamps.clear()
             synchronize()
             start = time.perf_counter()
+            clock.deadline = start + limit_seconds
             output = call()
             synchronize()
             times.append(time.perf_counter() - start)

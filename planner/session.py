@@ -15,9 +15,10 @@ from planner.errors import NoFeasiblePlan, PlannerError, UnsupportedPipeline, Us
 from planner.force import Evidence, evidence_after, in_force, is_out_of_memory, peak_of, put_in_force, release, take_back
 from planner.knobs.compile import COMPILES
 from planner.progress import Progress, silent
+from planner.reference import Reference, kind, reference
 from planner.types import KnobValue, Measurement
 from planner.units import format_seconds
-from planner.verify import NUMERIC_KNOBS, OVERFLOWING, Check, Reference, check, reference
+from planner.verify import NUMERIC_KNOBS, OVERFLOWING, Check, check
 
 if TYPE_CHECKING:
     from planner.autoplan import Request
@@ -102,9 +103,11 @@ class Session:
 
     def _settle(self, plan: Plan, pipe: Any, say: Progress, verify: bool) -> Plan:
         warnings: list[str] = []
-        compared = self._reference(plan, pipe, say) if verify else None
+        known: dict[tuple[bool, ...], Reference | None] = {}
         for attempt in range(1, MAX_ATTEMPTS + 1):
-            tried = self._try(plan, pipe, compared, say, verify)
+            if verify and kind(plan) not in known:
+                known[kind(plan)] = self._reference(plan, pipe, say)
+            tried = self._try(plan, pipe, known.get(kind(plan)), say, verify)
             if isinstance(tried, Evidence):
                 failures: tuple[str, ...] = (f"out of memory ({tried.text(plan)})",)
             elif isinstance(tried, PlannerError):
@@ -120,22 +123,18 @@ class Session:
         raise VerificationError(f"{MAX_ATTEMPTS} plans were tried and none held; the pipeline is as it was. {'; '.join(warnings)}")
 
     def _reference(self, plan: Plan, pipe: Any, say: Progress) -> Reference | None:
-        """The untouched pipeline's run; None where it is not worth it, or turns out not to fit after all."""
+        """The untouched pipeline's run; None where there is none."""
         if not plan.changes:
             return None
         before = plan.baseline_predicted
         about = f" (a call takes about {format_seconds(before.latency_seconds)})" if before else ""
-        say("running the pipeline as it is, for comparison, where it fits" + about)
+        say("running the pipeline as it is, for comparison, or a smaller call where that does not fit" + about)
         try:
             found = reference(plan, pipe, self.inputs)
-            # What the user fixed cannot be rolled back, so its time is nobody's business here.
-            return found if found is None or self._may_be_untouched(plan) else replace(found, seconds=None)
         except Exception as error:
-            if not is_out_of_memory(error):
-                raise _failed("the pipeline as it is", error) from error
-            release(error)
-        evidence_after(pipe, plan, None)
-        return None
+            raise _failed("the pipeline as it is", error) from error
+        # What the user fixed cannot be rolled back, so its time is nobody's business here.
+        return found if found is None or self._may_be_untouched(plan) else replace(found, seconds=None)
 
     def _try(self, plan: Plan, pipe: Any, compared: Reference | None, say: Progress, verify: bool) -> Tried:
         """One attempt: the plan is in force and this is its check (None: not asked for), or it did not get through and is not."""

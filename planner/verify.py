@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -11,12 +12,11 @@ from planner.types import Measurement, Quality
 
 if TYPE_CHECKING:
     from planner.plan import Plan
+    from planner.reference import Reference
 
 WHOLE_CALL_SECONDS = 20.0
 """Calls predicted to be shorter than this are checked whole; longer ones with fewer steps, extrapolated."""
 SHORT_STEPS = 3
-REFERENCE_SECONDS = 60.0
-"""Assumed: the untouched pipeline is run for comparison when that is predicted to take no longer than this."""
 SLOWER = 1.15
 """A plan that takes this many times as long as the untouched pipeline, twice in a row, is slower beyond a busy machine's noise."""
 OUTPUT_TOLERANCE: dict[Quality, float] = {"exact": 0.02, "lossless": 0.12, "lossy": 0.35}
@@ -40,14 +40,6 @@ class Check:
 
 
 @dataclass(frozen=True, slots=True)
-class Reference:
-    """The untouched pipeline, run with the inputs of the check, on the plan's device. ``seconds`` are of those short inputs."""
-
-    output: Any
-    seconds: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class ShortCall:
     """The user's inputs, with fewer steps where the whole call would take long, and the number of steps left out."""
 
@@ -65,48 +57,20 @@ def short_call(plan: Plan, pipe: Any, inputs: Mapping[str, Any]) -> ShortCall:
         return ShortCall(dict(inputs), 0)
     default = parameters["num_inference_steps"].default
     asked = int(inputs.get("num_inference_steps") or plan.workload.num_inference_steps or default or 0)
-    if asked <= SHORT_STEPS:
+    few = few_steps(pipe, inputs)
+    if asked <= few:
         return ShortCall(dict(inputs), 0)
-    left_out = (int(plan.settings.get("steps", 0)) or asked) - SHORT_STEPS
-    return ShortCall(dict(inputs) | {"num_inference_steps": SHORT_STEPS}, max(left_out, 0))
+    left_out = (int(plan.settings.get("steps", 0)) or asked) - few
+    return ShortCall(dict(inputs) | {"num_inference_steps": few}, max(left_out * SHORT_STEPS // few, 0))
 
 
-def reference(plan: Plan, pipe: Any, inputs: Mapping[str, Any]) -> Reference | None:
-    """Output and time of the untouched pipeline on the plan's device, where it fits and is cheap enough; else None.
+def few_steps(pipe: Any, inputs: Mapping[str, Any]) -> int:
+    """What to ask for so that :data:`SHORT_STEPS` are run: an image-to-image call leaves some out, by its ``strength``."""
+    from planner.dryrun.inputs import call_parameters
 
-    The pipeline is moved to the device for it and is as it was afterwards, whatever happens. What a pipeline raises comes out.
-    """
-    from planner.apply import apply_settings
-    from planner.dryrun.facts import read_facts
-    from planner.force import release, torch_device
-    from planner.measure import measure_call
-
-    if not plan.changes or not _worth_it(plan, pipe, inputs):
-        return None
-    short, device = short_call(plan, pipe, inputs), torch_device(plan)
-    applied = apply_settings(pipe, dict(plan.baseline), device, read_facts(pipe))
-    try:
-        output, seen = measure_call(pipe, lambda: run_seeded(plan, pipe, short.inputs, parts=1), device, counters=False)
-    except BaseException as error:
-        release(error)
-        applied.undo()
-        raise
-    applied.undo()
-    return Reference(samples(output), seen.latency_seconds)
-
-
-def _worth_it(plan: Plan, pipe: Any, inputs: Mapping[str, Any]) -> bool:
-    """The untouched pipeline is predicted to fit and, with the short call's steps, to take no longer than a minute."""
-    before = plan.baseline_predicted
-    if before is None or not before.fits:
-        return False
-    saved = short_call(plan, pipe, inputs).left_out * (before.step_seconds or 0.0)
-    return before.latency_seconds - saved <= REFERENCE_SECONDS
-
-
-def reference_output(plan: Plan, pipe: Any, inputs: Mapping[str, Any]) -> Reference | None:
-    """:func:`reference`, only where the plan changes numbers."""
-    return reference(plan, pipe, inputs) if set(plan.changes) & NUMERIC_KNOBS else None
+    parameters = call_parameters(pipe)
+    strength = inputs.get("strength", parameters["strength"].default if "strength" in parameters else None)
+    return math.ceil(SHORT_STEPS / strength) if isinstance(strength, float) and 0 < strength < 1 else SHORT_STEPS
 
 
 def check(plan: Plan, pipe: Any, inputs: Mapping[str, Any], compared: Reference | None = None) -> Check:
@@ -114,6 +78,7 @@ def check(plan: Plan, pipe: Any, inputs: Mapping[str, Any], compared: Reference 
 
     ``measured`` times are of the whole call: steps that were left out are added at the measured pace.
     """
+    from planner.calls import call_split
     from planner.force import torch_device
     from planner.measure import measure_call
 
@@ -123,7 +88,7 @@ def check(plan: Plan, pipe: Any, inputs: Mapping[str, Any], compared: Reference 
     warm = 1 if compiled or device.type != "cpu" else 0
 
     def once() -> Any:
-        return run_seeded(plan, pipe, short.inputs)
+        return run_seeded(pipe, short.inputs, lambda given: call_split(plan, pipe, given))
 
     output, seen = measure_call(pipe, once, device, warmup=warm)
     slower = bool(plan.changes) and _slower(seen.latency_seconds, compared)
@@ -133,7 +98,19 @@ def check(plan: Plan, pipe: Any, inputs: Mapping[str, Any], compared: Reference 
         best = min(seen, again, key=lambda one: one.latency_seconds)
         times = {"latency_seconds": best.latency_seconds, "step_seconds": best.step_seconds}
         seen = seen.model_copy(update=times | {"repetitions": (*seen.repetitions, *again.repetitions)})
-    return _judged(plan, samples(output), compared, slower, _whole(plan, seen, short.left_out))
+    found = [samples(output)]
+    if compared is not None and compared.inputs is not None:
+        found.append(samples(_smaller_call(pipe, compared.inputs, compiled)))
+    return _judged(plan, found, compared, slower, _whole(plan, seen, short.left_out))
+
+
+def _smaller_call(pipe: Any, inputs: Mapping[str, Any], compiled: bool) -> Any:
+    """The call of a smaller reference under the plan. Compiled code is left out: made for other sizes, it would take the place of
+    what was made for the planned ones."""
+    import torch
+
+    with torch.compiler.set_stance("force_eager") if compiled else nullcontext():
+        return run_seeded(pipe, inputs, lambda given: pipe(**given))
 
 
 def _slower(seconds: float, compared: Reference | None) -> bool:
@@ -148,13 +125,17 @@ def _whole(plan: Plan, seen: Measurement, left_out: int) -> Measurement:
     return seen.model_copy(update={"latency_seconds": seen.latency_seconds + left_out * seen.step_seconds * parts, "note": note})
 
 
-def _judged(plan: Plan, found: list[Any] | None, compared: Reference | None, slower: bool, seen: Measurement) -> Check:
-    finite, difference = is_sound(found), difference_of(found, compared.output if compared else None)
-    if int(plan.settings.get("batch_split", 1)) > 1:
-        difference = None  # several calls draw their random numbers in another order than one
+def _judged(plan: Plan, found: list[list[Any] | None], compared: Reference | None, slower: bool, seen: Measurement) -> Check:
+    """``found``: samples of the planned call, and of the smaller one that ``compared`` is of, where it is."""
+    finite = min((sound for sound in map(is_sound, found) if sound is not None), default=None)
+    difference = difference_of(found[-1], compared.output if compared else None)
     # A plan that changes nothing is the untouched pipeline.
     blameless = not plan.changes or (compared is not None and is_sound(compared.output) is False)
-    seen = seen.model_copy(update={"output_finite": finite, "output_difference": difference})
+    notes = [seen.note, compared.note if compared else None]
+    if difference is None and set(plan.changes) & NUMERIC_KNOBS:
+        notes.append("not compared with the pipeline as it is")
+    note = "; ".join(note for note in notes if note) or None
+    seen = seen.model_copy(update={"output_finite": finite, "output_difference": difference, "note": note})
     unsound = finite is False and not blameless
     failures = _failures(plan, seen, unsound)
     result = Check(seen, tuple(failures), unsound=unsound)
@@ -177,11 +158,10 @@ def _failures(plan: Plan, seen: Measurement, unsound: bool) -> list[str]:
     return found
 
 
-def run_seeded(plan: Plan, pipe: Any, inputs: Mapping[str, Any], parts: int | None = None) -> Any:
-    """The planned call with a fixed seed where the pipeline takes one. ``parts=1``: as the untouched pipeline would run it."""
+def run_seeded(pipe: Any, inputs: Mapping[str, Any], call: Callable[[dict[str, Any]], Any]) -> Any:
+    """``call`` with these inputs and a fixed seed, where the pipeline takes one."""
     import torch
 
-    from planner.calls import call_split
     from planner.dryrun.inputs import call_parameters
     from planner.noise import one_noise_for_all_dtypes
 
@@ -190,7 +170,7 @@ def run_seeded(plan: Plan, pipe: Any, inputs: Mapping[str, Any], parts: int | No
         seeded["generator"] = torch.Generator("cpu").manual_seed(0)
     with torch.random.fork_rng(devices=[]), one_noise_for_all_dtypes():
         torch.manual_seed(0)
-        return call_split(plan, pipe, seeded, parts, fewer_steps=parts != 1)
+        return call(seeded)
 
 
 # -- outputs ----------------------------------------------------------------------------------------------------------

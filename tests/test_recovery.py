@@ -20,6 +20,7 @@ from planner.autoplan import Request
 from planner.calibrate import calibration_for
 from planner.calls import parts_for
 from planner.cost.model import CostModel
+from planner.decide import settings_estimate
 from planner.dryrun.provider import Traces
 from planner.errors import ApplyError, NoFeasiblePlan, PlannerError, VerificationError
 from planner.force import in_force, is_out_of_memory, release
@@ -27,6 +28,7 @@ from planner.models import resolve
 from planner.session import Session
 from planner.snapshot import Snapshot
 from planner.types import Device, KnobValue, Workload
+from planner.verify import OUTPUT_TOLERANCE
 from tests import sim as simulator
 from tests.zoo import FAMILIES, prepared
 
@@ -375,6 +377,76 @@ def test_an_error_of_the_pipeline_is_reported_as_one_line(sim: Any, family: str)
         autoplan(untouched.pipe, inputs=given, device=device(None), memory_budget=1 << 30, calibrate="never")
     assert "\n" not in str(caught.value)
     untouched.assert_holds()
+
+
+# -- the picture of the pipeline as it is --------------------------------------------------------------------------------
+
+
+def wrong(module: torch.nn.Module, _: Any, output: Any) -> Any:
+    """A kernel that is wrong in 16 bit: other pictures, finite ones."""
+    return tuple(-3 * item for item in output) if sixteen_bit(module) else output
+
+
+def needs(family: str, **inputs: Any) -> int:
+    """Peak bytes of the untouched pipeline in a call with these inputs."""
+    source, _ = traces(family)
+    known = Traces.of(source, Workload(), prepared(family)[1] | inputs)
+    where = device(None)
+    model = CostModel(known, where, calibration_for(where, mode="never").coefficients, known.workload.batch_size)
+    return settings_estimate(known, model, {}).peak_allocated_bytes
+
+
+@pytest.mark.parametrize(("inputs", "smaller", "size"), [
+    ({"num_images_per_prompt": 8}, {"num_images_per_prompt": 2}, "one sample of 32x32, 2 steps"),
+    ({"height": 64, "width": 64}, {"height": 32, "width": 32}, "one sample of 32x32, 2 steps"),
+])  # fmt: skip
+def test_a_smaller_picture_is_compared_where_the_whole_call_does_not_fit(sim: Any, inputs: Any, smaller: Any, size: str) -> None:
+    budget = (needs("sd15", **inputs) + needs("sd15", **smaller)) // 2
+    pipe, usual, _ = prepared("sd15")
+    untouched, given = Untouched("sd15"), usual | inputs
+    sim.memory.total_bytes = budget
+    options: dict[str, Any] = {"inputs": given, "device": device(None), "memory_budget": budget, "calibrate": "never"}
+    plan = autoplan(pipe, fix={"dtype": "bf16"}, **options)
+    assert plan.measured is not None
+    assert plan.measured.output_difference is not None
+    assert 0 < plan.measured.output_difference < OUTPUT_TOLERANCE["lossless"]
+    assert plan.measured.note == f"compared with the pipeline as it is in a smaller call: {size}"
+    plan.undo(pipe)
+    handle = pipe.unet.register_forward_hook(wrong)
+    try:
+        with pytest.raises(VerificationError, match="differs from the untouched pipeline's by"):
+            autoplan(pipe, fix={"dtype": "bf16"}, **options)
+    finally:
+        handle.remove()
+    untouched.assert_holds()
+
+
+def test_the_host_paints_the_picture_where_the_weights_do_not_fit(sim: Any, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """900 KiB: 16 bit fits there, 32 bit (1290 KiB of weights) only under offload."""
+    pipe = prepared(family)[0]
+    plan = planned(family, 900 * KIB)
+    assert plan.settings["dtype"] == "bf16"
+    assert plan.measured is not None
+    assert plan.measured.output_difference is not None
+    assert 0 < plan.measured.output_difference < OUTPUT_TOLERANCE["lossless"]
+    assert "on the host's processor" in str(plan.measured.note)
+    plan.undo(pipe)
+    untouched = Untouched(family)
+    handle = pipe.transformer.register_forward_hook(wrong)
+    try:
+        caught = planned(family, 900 * KIB)
+        assert caught.settings["dtype"] == "fp32"
+        assert any("differs from the untouched pipeline's by" in line for line in caught.warnings)
+        caught.undo(pipe)
+    finally:
+        handle.remove()
+    untouched.assert_holds()
+    monkeypatch.setattr("planner.reference.REFERENCE_SECONDS", 0.0)
+    unseen = planned(family, 900 * KIB)
+    assert unseen.measured is not None
+    assert unseen.measured.output_difference is None
+    assert unseen.measured.note == "not compared with the pipeline as it is"
+    unseen.undo(pipe)
 
 
 # -- random faults ----------------------------------------------------------------------------------------------------

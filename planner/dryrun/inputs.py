@@ -140,13 +140,13 @@ def _add_prompt(pipe: Any, parameters: Mapping[str, Any], workload: Workload, ar
 def _picture(pipe: Any, name: str, workload: Workload) -> Any:
     from PIL import Image
 
-    width, height = _picture_size(pipe, workload)
+    width, height = picture_size(pipe, workload)
     mode = "L" if "mask" in name else "RGB"
     picture = Image.new(mode, (width, height), 255 if mode == "L" else (127, 127, 127))
     return [picture] * (workload.num_frames or 16) if name == "video" else picture
 
 
-def _picture_size(pipe: Any, workload: Workload) -> tuple[int, int]:
+def picture_size(pipe: Any, workload: Workload) -> tuple[int, int]:
     side = _default_side(pipe)
     return workload.width or side[0], workload.height or side[1]
 

@@ -65,7 +65,7 @@ def scheduler_bytes() -> int:
 
     storages: dict[int, int] = {}
     for each in gc.get_objects():
-        if isinstance(each, SchedulerMixin):
+        if issubclass(type(each), SchedulerMixin):
             for leaf in tree_leaves(vars(each)):
                 if isinstance(leaf, SimTensor):
                     storages[leaf.raw.untyped_storage()._cdata] = memory.bytes_of(leaf.raw)
