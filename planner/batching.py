@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from math import gcd
 from typing import Any
 
 from planner.errors import UsageError
 
-BATCH_ARGUMENTS = ("num_images_per_prompt", "num_videos_per_prompt", "num_waveforms_per_prompt", "num_audios_per_prompt", "batch_size")
-"""Call arguments that multiply the batch, under all the names that diffusers has for them."""
-_SAMPLES = ("prompt", "prompt_embeds", "class_labels", "image_embeds", "image_embeddings", "image", "images", "video")
+_COUNT = re.compile(r"num_[a-z]+_per_prompt")
+"""Call arguments that multiply the batch, whatever is made: images, videos, waveforms, designs."""
+_SAMPLES = ("prompt", "task_prompt", "prompt_embeds", "class_labels", "image_embeds", "image_embeddings", "image", "images", "video")
 """Arguments that say how many samples are asked for, the one that decides first."""
 _NOT_SAMPLES = frozenset({
     "timesteps", "sigmas", "prior_timesteps", "decoder_timesteps", "original_size", "target_size", "crops_coords_top_left",
@@ -24,8 +25,8 @@ _NOT_SAMPLES = frozenset({
 def batch_argument_of(names: Iterable[str]) -> str | None:
     """The argument among ``names`` that multiplies the batch. Beside a prompt or image ``batch_size`` is how many run at once."""
     known = set(names)
-    found = next((name for name in BATCH_ARGUMENTS if name in known), None)
-    return None if found == "batch_size" and {"prompt", "image"} & known else found
+    alone = "batch_size" in known and not {"prompt", "image"} & known
+    return next((name for name in sorted(known) if _COUNT.fullmatch(name)), "batch_size" if alone else None)
 
 
 def samples_in(inputs: Mapping[str, Any]) -> int | None:
@@ -43,7 +44,13 @@ def samples_in(inputs: Mapping[str, Any]) -> int | None:
             return len(value)
         if getattr(value, "ndim", 0) >= (5 if name == "video" else 4 if name.startswith("image") and "embed" not in name else 1):
             return int(value.shape[0])
-    return None
+    return None if any(inputs.get(name) is not None for name in _SAMPLES) else _rows(inputs)
+
+
+def _rows(inputs: Mapping[str, Any]) -> int | None:
+    """Rows that all tensors among the arguments have, where nothing tells better: prepared features of several samples."""
+    rows = {int(value.shape[0]) for value in inputs.values() if getattr(value, "ndim", 0) > 1 and hasattr(value, "shape")}
+    return rows.pop() if len(rows) == 1 else None
 
 
 def share(inputs: Mapping[str, Any], parts: int) -> list[dict[str, Any]]:

@@ -194,6 +194,11 @@ def test_the_batch_is_what_labels_embeddings_or_pictures_say_where_there_is_no_p
     assert share({"image_embeds": torch.zeros(4, 8), "height": 4}, 2)[1]["image_embeds"].shape == (2, 8)
     assert samples_in({"image": torch.zeros(3, 16, 16)}) is None
     assert samples_in({"image": torch.zeros(2, 3, 16, 16)}) == 2
+    assert samples_in({"task_prompt": "a", "image": [["one row"], ["another"]]}) == 1
+    features = {"padding_mask": torch.ones(2, 6, dtype=torch.bool), "features": {"sequence": torch.zeros(2, 6)}, "times": torch.zeros(3)}
+    assert samples_in(features) == 2
+    assert samples_in({**features, "coordinates": torch.zeros(1, 6, 3)}) is None
+    assert batch_argument_of(["padding_mask", "num_designs_per_prompt"]) == "num_designs_per_prompt"
     assert batch_argument_of(["image", "batch_size"]) is None  # Marigold's: how many pictures its UNet takes at once
     assert batch_argument_of(["batch_size", "class_labels"]) == "batch_size"
 

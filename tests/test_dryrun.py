@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from transformers import DynamicCache
 
 from planner.dryrun.components import components
 from planner.dryrun.facts import own_tensors, tensor_bytes
@@ -328,6 +329,39 @@ def test_what_meta_cannot_do_falls_back_and_is_named(kind: str, word: str) -> No
     assert any(word in text for text in trace.fallbacks), trace.fallbacks
     assert trace.calls[0].total_flops == 2 * 4 * 2048 * 2048
     assert all(parameter.device.type == "cpu" for parameter in pipe.unet.parameters())
+
+
+class Remembers(nn.Module):
+    """Fills what it is handed, as language models fill a cache of keys and values, and reads it at the next call."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(64, 64)
+
+    def forward(self, x: torch.Tensor, past: DynamicCache, seen: list[torch.Tensor]) -> torch.Tensor:
+        keys, _ = past.update(x, x, 0)
+        seen.append(x)
+        return self.linear(keys)
+
+
+def test_what_a_component_leaves_in_a_cache_or_a_list_is_there_at_the_next_call() -> None:
+    _, pipe = family("ddpm")
+
+    class Uses(type(pipe)):
+        def __call__(self) -> Any:
+            made = []
+            for _ in range(2):  # the second time its calls are answered from the first
+                past, seen = DynamicCache(), []
+                made = [self.unet(torch.ones(1, 1, 4, 64), past=past, seen=seen) for _ in range(3)]
+                assert (past.get_seq_length(), len(seen)) == (12, 3)
+            return (made[-1],)
+
+    pipe.unet, pipe.__class__ = Remembers(), Uses
+    trace = DryRun(pipe, Workload(), {}).trace()
+    assert [call.total_flops for call in trace.calls] == [2 * rows * 64 * 64 for rows in (4, 8, 12)]
+    assert len(trace.events) == 6
+    held = [event.held_bytes for event in trace.events]
+    assert held[5] - held[3] == pytest.approx(held[2] - held[0])
 
 
 def test_modules_in_lists_and_nested_pipelines_are_components() -> None:

@@ -21,7 +21,18 @@ from planner.dryrun.shadow import shadow, steps_of
 from planner.dryrun.tensors import META
 from planner.dryrun.trace import CallTrace, Event, PipelineTrace
 from planner.dryrun.twin import stored_bytes
-from planner.dryrun.values import convert, leaves, private_inputs, shape_of, signature, storage_bytes, to_meta, to_zeros
+from planner.dryrun.values import (
+    convert,
+    holders,
+    leaves,
+    private_inputs,
+    refill,
+    shape_of,
+    signature,
+    storage_bytes,
+    to_meta,
+    to_zeros,
+)
 
 logger = logging.getLogger(__name__)
 REAL_RUN_BYTES = 256 << 20
@@ -42,6 +53,8 @@ class Invocation:
     kwargs: Any
     dtype: torch.dtype | None
     answer: Any = None
+    left: dict[int, Any] = field(default_factory=dict)
+    """What the call left in those of its ``holders`` that it changed, by their number."""
     trace: CallTrace | None = None
 
 
@@ -181,13 +194,16 @@ class Session:
                 invocation = Invocation(component, path, label, run, convert(args, to_meta, seen), convert(kwargs, to_meta, seen),
                                         self.state_of(component))  # fmt: skip
             invocation.answer, invocation.trace = self._trace(invocation)
-            answer = invocation.answer
             if index is None:
                 index = self._remember((component, path, method, invocation.dtype), exact, loose, invocation)
         else:
-            answer = self.invocations[index].answer
+            invocation = self.invocations[index]
         self.events.append(replace(event, call=index))
-        return self._answer(answer)
+        answer, left = self._answer((invocation.answer, invocation.left))
+        given = holders(args, kwargs) if left else []
+        for number, content in left.items():
+            refill(given[number], content)
+        return answer
 
     def _known(self, what: Any, exact: Any, loose: Any) -> int | None:
         known = self._keys.get((what, exact))
@@ -242,17 +258,23 @@ class Session:
             frame.fallbacks.add(fallback)
         outer, recorder.frame = recorder.frame, frame
         recorder.paths.append(invocation.path)
+        with no_modes():
+            before, (args, kwargs) = holders(args, kwargs), convert((args, kwargs), lambda tensor: tensor, {})
         try:
             answer = invocation.run(*args, **kwargs)
         finally:
             recorder.paths.pop()
             recorder.frame = outer
         trace = finish(frame, invocation.component, invocation.method, storage_bytes((args, kwargs)), storage_bytes(answer))
-        given = {uid for tensor in leaves(answer) if (uid := self.recorder.uid_in(frame, tensor)) is not None}
+        with no_modes():
+            after = enumerate(zip(before, holders(args, kwargs), strict=True))
+            left = {number: now for number, (was, now) in after if signature(was) != signature(now)}
+        given = {uid for tensor in leaves((answer, left)) if (uid := self.recorder.uid_in(frame, tensor)) is not None}
         kept = sum(size for uid, size in enumerate(frame.bytes) if frame.died[uid] is None and uid not in given)
         recorder.glue.allocate(kept)  # tables that the component made and keeps, such as rotary frequencies
         with no_modes():
-            return convert(answer, to_meta, {}) if fallback else answer, trace
+            answer, invocation.left = convert((answer, left), to_meta, {}) if fallback else (answer, left)
+        return answer, trace
 
     def _answer(self, answer: Any) -> Any:
         """Zeros of the right shapes on the CPU; large results stay on ``meta``, which glue code can compute with too."""

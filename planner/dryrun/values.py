@@ -52,6 +52,26 @@ def _convert_object(value: Any, change: Callable[[torch.Tensor], torch.Tensor], 
     return fresh
 
 
+def holders(args: Any, kwargs: Mapping[str, Any]) -> list[Any]:
+    """Arguments that a call may fill for its caller: lists, dictionaries, library objects such as a cache of keys and values."""
+    return [value for value in (*args, *kwargs.values()) if type(value) in (list, dict) or _is_object(value)]
+
+
+def _is_object(value: Any) -> bool:
+    return type(value).__module__.startswith(_LIBRARIES) and not isinstance(value, dict | nn.Module) and hasattr(value, "__dict__")
+
+
+def refill(holder: Any, content: Any) -> None:
+    """Put into ``holder`` what its copy ``content`` holds."""
+    if isinstance(holder, list):
+        holder[:] = content
+    elif isinstance(holder, dict):
+        holder.clear()
+        holder.update(content)
+    else:
+        vars(holder).update(vars(content))
+
+
 def leaves(value: Any) -> list[torch.Tensor]:
     """Every tensor in ``value``, each once."""
     found: dict[int, Any] = {}
