@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -362,6 +363,22 @@ def test_what_a_component_leaves_in_a_cache_or_a_list_is_there_at_the_next_call(
     assert len(trace.events) == 6
     held = [event.held_bytes for event in trace.events]
     assert held[5] - held[3] == pytest.approx(held[2] - held[0])
+
+
+def test_a_deep_copy_is_one_copy_and_its_bytes_are_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pipelines copy their scheduler's state; a storage's text has a line per byte."""
+    _, pipe = family("ddpm")
+
+    class Uses(type(pipe)):
+        def __call__(self) -> Any:
+            copies = copy.deepcopy({"latents": torch.ones(1 << 20)})
+            return (self.unet(copies["latents"].reshape(512, 2048)),)
+
+    pipe.unet, pipe.__class__ = Awkward("tolist"), Uses
+    monkeypatch.setattr(torch.UntypedStorage, "__repr__", _must_not_run)
+    (event,) = DryRun(pipe, Workload(), {}).trace().events
+    assert event.held_bytes == 4 << 20
+    assert event.glue_operations == 2
 
 
 def test_modules_in_lists_and_nested_pipelines_are_components() -> None:

@@ -23,7 +23,7 @@ _COPY = {"clone", "copy_", "_to_copy", "cat", "stack", "repeat", "constant_pad_n
          "triu", "eye", "linspace"}  # fmt: skip
 _GATHER = {"embedding", "index", "index_put_", "index_put", "_index_put_impl_", "gather", "scatter", "scatter_", "index_select",
            "index_add", "grid_sampler_2d", "masked_select", "nonzero", "index_copy", "masked_scatter"}  # fmt: skip
-ALLOCATE_ONLY = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "empty_permuted", "resize_"}
+ALLOCATE_ONLY = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "empty_permuted", "resize_", "set_"}
 _DTYPE_NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16", torch.float64: "fp64", torch.int8: "int8",
                 torch.uint8: "int8", torch.int64: "int64", torch.int32: "int32", torch.bool: "bool", torch.float8_e4m3fn: "fp8",
                 torch.float8_e5m2: "fp8"}  # fmt: skip
