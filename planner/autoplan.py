@@ -78,7 +78,7 @@ def autoplan(
     request = _request(quality, objective, calls, fix, host_memory_budget)
     source = _live(pipe)
     target = live_target(pipe, device, memory_budget, calibrate, say)
-    say("tracing the pipeline on meta")
+    say("tracing the pipeline on meta (some seconds)")
     calibration = calibration_for(target, mode=_mode(calibrate))
     if objective == "throughput":
         batch_size = _best_batch(source, target, request, calibration, inputs, batch_size)
@@ -90,7 +90,7 @@ def autoplan(
     prober = _probe(traces, model, calibration, calibrate, quality, say)
     if prober is not None:
         session.refine = lambda decided: prober.refine(traces, decided)
-    say("searching")
+    say("searching (some seconds)")
     plan = session.decide()
     if apply:
         return session.settle(plan, pipe, say, verify)

@@ -6,12 +6,15 @@ import copy
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from planner.progress import Progress, silent
+
 if TYPE_CHECKING:
     from planner.plan import Plan
 
 
-def call_split(plan: Plan, pipe: Any, inputs: Mapping[str, Any], parts: int | None = None, fewer_steps: bool = True) -> Any:
-    """The planned workload in ``parts`` equal calls (default: as the plan says), outputs joined.
+def call_split(plan: Plan, pipe: Any, inputs: Mapping[str, Any], parts: int | None = None, fewer_steps: bool = True,
+               say: Progress = silent) -> Any:  # fmt: skip
+    """The planned workload in ``parts`` equal calls (default: as the plan says), outputs joined. Steps show the pipeline's own bar.
 
     A batch that ``inputs`` give explicitly is honoured; it is cut so that no call is larger than planned.
     """
@@ -29,7 +32,11 @@ def call_split(plan: Plan, pipe: Any, inputs: Mapping[str, Any], parts: int | No
     steps = int(plan.settings.get("steps", 0)) if fewer_steps else 0
     if steps and "num_inference_steps" in call_parameters(pipe):
         arguments["num_inference_steps"] = min(steps, int(arguments.get("num_inference_steps") or steps))
-    outputs = [pipe(**piece) for piece in share(arguments, parts)]
+    outputs = []
+    for number, piece in enumerate(share(arguments, parts), 1):
+        if parts > 1:
+            say(f"call {number} of {parts}")
+        outputs.append(pipe(**piece))
     return outputs[0] if len(outputs) == 1 else join(outputs)
 
 

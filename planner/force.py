@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from planner.errors import ApplyError, NoFeasiblePlan, PlannerError, UnsupportedPipeline
+from planner.progress import to_stderr
 
 if TYPE_CHECKING:
     from planner.apply import Applied
@@ -131,7 +132,7 @@ def _call(pipe: Any, inputs: Mapping[str, Any]) -> Any:
     current = in_force(pipe)
     assert current is not None
     reset_peak(torch_device(current.plan))
-    return call_split(current.plan, pipe, inputs)
+    return call_split(current.plan, pipe, inputs, say=to_stderr)
 
 
 def _same(one: Plan, other: Plan) -> bool:

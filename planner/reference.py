@@ -35,6 +35,8 @@ class Reference:
     """Of the checked call; None where only a smaller one was run."""
     inputs: Mapping[str, Any] | None = None
     """All arguments of the smaller call that ``output`` is of; None: of the checked call itself."""
+    fold: int | None = 1
+    """How many times as many samples the checked call makes; None: not known, where frames may be listed as samples are."""
     note: str | None = None
     """Which smaller call that was, and where it ran."""
 
@@ -122,6 +124,7 @@ def _run(plan: Plan, pipe: Any, inputs: Mapping[str, Any], call: Any, device: An
 
 def _smaller(plan: Plan, pipe: Any, inputs: Mapping[str, Any]) -> Reference | None:
     """The largest smaller call that is predicted to fit where the plan runs, else on the host's processor, and gives a picture."""
+    from planner.dryrun.inputs import batch_of
     from planner.force import torch_device
     from planner.models import resolve
 
@@ -135,7 +138,8 @@ def _smaller(plan: Plan, pipe: Any, inputs: Mapping[str, Any]) -> Reference | No
                 continue
             output = _output(plan, pipe, calls[number], torch_device(plan) if device == plan.device else None)
             if output is not None and is_sound(output) is not False:  # a model may draw nothing at all in so small a picture
-                return Reference(output, inputs=calls[number], note=_described(calls[number], device, plan))
+                fold = None if "num_frames" in calls[number] else plan.workload.batch_size // batch_of(pipe, calls[number])
+                return Reference(output, inputs=calls[number], fold=fold, note=_described(calls[number], device, plan))
     return None
 
 

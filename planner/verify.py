@@ -138,6 +138,9 @@ def _judged(plan: Plan, found: list[list[Any] | None], compared: Reference | Non
     seen = seen.model_copy(update={"output_finite": finite, "output_difference": difference, "note": note})
     unsound = finite is False and not blameless
     failures = _failures(plan, seen, unsound)
+    wanted = compared.fold * len(compared.output) if compared is not None and compared.output and compared.fold else None
+    if wanted is not None and found[0] is not None and len(found[0]) != wanted:
+        failures.append(f"the output has {len(found[0])} samples, {wanted} were asked for")
     result = Check(seen, tuple(failures), unsound=unsound)
     if slower and not failures and plan.objective == "latency" and compared is not None and compared.seconds is not None:
         line = f"slower than the untouched pipeline ({min(seen.repetitions):.3g} s against {compared.seconds:.3g} s)"

@@ -7,6 +7,7 @@ import gc
 import logging
 import os
 import random
+import re
 import time
 from collections import Counter
 from typing import Any
@@ -18,17 +19,19 @@ import torch
 from planner import Plan, autoplan
 from planner.autoplan import Request
 from planner.calibrate import calibration_for
-from planner.calls import parts_for
+from planner.calls import call_split, parts_for
 from planner.cost.model import CostModel
 from planner.decide import settings_estimate
 from planner.dryrun.provider import Traces
 from planner.errors import ApplyError, NoFeasiblePlan, PlannerError, VerificationError
 from planner.force import in_force, is_out_of_memory, release
 from planner.models import resolve
+from planner.progress import to_stderr
+from planner.reference import Reference
 from planner.session import Session
 from planner.snapshot import Snapshot
 from planner.types import Device, KnobValue, Workload
-from planner.verify import OUTPUT_TOLERANCE
+from planner.verify import OUTPUT_TOLERANCE, check, samples
 from tests import sim as simulator
 from tests.zoo import FAMILIES, prepared
 
@@ -387,6 +390,13 @@ def wrong(module: torch.nn.Module, _: Any, output: Any) -> Any:
     return tuple(-3 * item for item in output) if sixteen_bit(module) else output
 
 
+def half_of_the_pictures(*args: Any, **options: Any) -> Any:
+    """A join that loses some, or makes up some where there is one only."""
+    output = call_split(*args, **options)
+    output.images = output.images[::2] if len(output.images) > 1 else np.concatenate([output.images] * 2)
+    return output
+
+
 def needs(family: str, **inputs: Any) -> int:
     """Peak bytes of the untouched pipeline in a call with these inputs."""
     source, _ = traces(family)
@@ -400,7 +410,8 @@ def needs(family: str, **inputs: Any) -> int:
     ({"num_images_per_prompt": 8}, {"num_images_per_prompt": 2}, "one sample of 32x32, 2 steps"),
     ({"height": 64, "width": 64}, {"height": 32, "width": 32}, "one sample of 32x32, 2 steps"),
 ])  # fmt: skip
-def test_a_smaller_picture_is_compared_where_the_whole_call_does_not_fit(sim: Any, inputs: Any, smaller: Any, size: str) -> None:
+def test_a_smaller_picture_is_compared_where_the_whole_call_does_not_fit(sim: Any, inputs: Any, smaller: Any, size: str,
+                                                                           monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     budget = (needs("sd15", **inputs) + needs("sd15", **smaller)) // 2
     pipe, usual, _ = prepared("sd15")
     untouched, given = Untouched("sd15"), usual | inputs
@@ -412,6 +423,10 @@ def test_a_smaller_picture_is_compared_where_the_whole_call_does_not_fit(sim: An
     assert 0 < plan.measured.output_difference < OUTPUT_TOLERANCE["lossless"]
     assert plan.measured.note == f"compared with the pipeline as it is in a smaller call: {size}"
     plan.undo(pipe)
+    with monkeypatch.context() as patch:
+        patch.setattr("planner.calls.call_split", half_of_the_pictures)
+        with pytest.raises(VerificationError, match=r"the output has \d samples, \d were asked for"):
+            autoplan(pipe, fix={"dtype": "bf16"}, **options)
     handle = pipe.unet.register_forward_hook(wrong)
     try:
         with pytest.raises(VerificationError, match="differs from the untouched pipeline's by"):
@@ -447,6 +462,75 @@ def test_the_host_paints_the_picture_where_the_weights_do_not_fit(sim: Any, fami
     assert unseen.measured.output_difference is None
     assert unseen.measured.note == "not compared with the pipeline as it is"
     unseen.undo(pipe)
+
+
+# -- a compiled plan --------------------------------------------------------------------------------------------------
+
+
+def test_a_compiled_plan_is_measured_warm_and_compared_without_compiling_again() -> None:
+    """On the CPU: one call that compiles, one for the allocator's events, one by the clock; none of the smaller call's sizes."""
+    import torch._dynamo
+
+    pipe, inputs = FAMILIES["flux"].build(), prepared("flux")[1]
+    one = session("flux", 1 << 30).decide()
+    cpu = one.device.model_copy(update={"kind": "cpu"})
+    plan = one.model_copy(update={"device": cpu, "settings": one.settings | {"compile": "default", "dtype": "bf16"}})
+    shapes: list[Any] = []
+    calls: list[int] = []
+
+    def compiler(graph: torch.fx.GraphModule, examples: Any) -> Any:
+        shapes.append(1)
+        return graph.forward
+
+    pipe.transformer.register_forward_hook(lambda *_: calls.append(1))
+    pipe.transformer.compile(backend=compiler)
+    try:
+        small = inputs | {"height": 16, "width": 16}
+        compared = Reference(samples(pipe(**inputs, generator=torch.Generator().manual_seed(0))), inputs=inputs)
+        calls.clear()
+        once = len(shapes)
+        assert once
+        seen = check(plan, pipe, inputs, compared)
+        assert seen.measurement.output_difference == pytest.approx(0, abs=1e-6)
+        assert len(calls) == 4 * 2, "three calls of two steps, and the smaller one"
+        check(plan, pipe, inputs, Reference(None, inputs=small))
+        assert len(shapes) == once
+    finally:
+        torch._dynamo.reset()
+
+
+# -- what a person is told --------------------------------------------------------------------------------------------
+
+
+def test_every_long_stage_says_what_it_does_and_how_long_it_takes(sim: Any, family: str) -> None:
+    told: list[str] = []
+    plan = planned(family, 1 << 30, fix={"dtype": "bf16"}, progress=told.append)
+    plan.undo(prepared(family)[0])
+    stages = ["tracing the pipeline on meta", "searching", "running the pipeline as it is", "applying dtype=bf16", "checking with one run"]
+    assert [next(line for line in told if line.startswith(stage)) for stage in stages] == told
+    assert all(re.search(r"\((some seconds|.*about [\d.]+ .?s)\)$", line) for line in told), told
+
+
+def test_progress_is_quiet_when_nobody_watches(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    to_stderr("searching")
+    assert capsys.readouterr() == ("", "")
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    to_stderr("searching")
+    assert capsys.readouterr() == ("", "planner: searching …\n")
+
+
+def test_the_calls_of_a_split_batch_are_counted(sim: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe, inputs, _ = prepared("sd15")
+    told: list[str] = []
+    monkeypatch.setattr("planner.force.to_stderr", told.append)
+    given = inputs | {"num_images_per_prompt": 2, "num_inference_steps": 1}
+    options: dict[str, Any] = {"device": device(None), "memory_budget": 1 << 30, "calibrate": "never", "verify": False}
+    plan = autoplan(pipe, inputs=given, fix={"batch_split": 2}, **options)
+    try:
+        assert len(plan.run(pipe, **given).images) == 2
+    finally:
+        plan.undo(pipe)
+    assert told == ["call 1 of 2", "call 2 of 2"]
 
 
 # -- random faults ----------------------------------------------------------------------------------------------------

@@ -10,9 +10,11 @@ import json
 import logging
 import os
 import struct
+import time
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
@@ -31,6 +33,8 @@ MAX_FILE_BYTES = 64 << 20
 MAX_ARRAY_BYTES = 512 << 20
 MAX_FILES = 512
 """Oldest entries go above this: at some 200 kB each, about 100 MB."""
+STALE_SECONDS = 3600.0
+"""What is still half written after this long was left by a process that was killed."""
 _HEADER = "header"
 _MEMBERS = frozenset({_HEADER, "integers", "flops", "spans", "events"})
 _BROKEN = (OSError, ValueError, KeyError, TypeError, IndexError, EOFError, RuntimeError, MemoryError, zipfile.BadZipFile, zlib.error,
@@ -125,6 +129,10 @@ def save(key: str, header: Mapping[str, Any], arrays: Mapping[str, NDArray[Any]]
 
 
 def _prune(directory: Path) -> None:
+    for left in directory.glob(".*.tmp"):
+        with suppress(OSError):
+            if time.time() - left.stat().st_mtime > STALE_SECONDS:
+                left.unlink()
     entries = sorted(_ages(directory))
     for _, path in entries[: max(len(entries) - MAX_FILES, 0)]:
         path.unlink(missing_ok=True)
