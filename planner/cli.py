@@ -7,14 +7,20 @@ from __future__ import annotations
 
 import gc
 import os
+import signal
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from planner import cli_options as option
 from planner.errors import EXIT_FAULT, EXIT_OK, EXIT_USAGE, NoFeasiblePlan, PlannerError, UsageError
+
+if TYPE_CHECKING:
+    from planner.explain.compare import Spread
 
 app = typer.Typer(
     name="planner",
@@ -26,6 +32,8 @@ app = typer.Typer(
 
 _RARELY = (50_000, 20, 20)
 """A command is short and imports much: the collector's usual pace was a fifth of a cold ``explain`` (7.0 s to 5.8 s of CPU time)."""
+MOST_WORKERS = 8
+"""Processes that a comparison uses at most: each that has to trace a model holds about 1 GiB of libraries."""
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -259,14 +267,36 @@ def _compare(models: list[str] | None, gpus: list[str] | None, batches: list[int
     from planner import cli_output as output
     from planner.explain import compare
 
-    with output.progress() as say:
-        rows = compare.compare(models, gpus, batches, say=say, **request)
+    with output.progress() as say, _workers(len(models) if models else MOST_WORKERS) as spread:
+        rows = compare.compare(models, gpus, batches, say=say, spread=spread, **request)
     if html is not None:
         output.write_file(html, compare.render_html(rows))
     if as_json:
         output.emit_json(compare.to_data(rows))
     else:
         output.emit(compare.render_csv(rows) if csv else compare.render_text(rows, output.terminal_width()))
+
+
+@contextmanager
+def _workers(tasks: int) -> Iterator[Spread]:
+    """``map``, over processes where there are several tasks and cores."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    count = min(tasks, cores, MOST_WORKERS)
+    if count < 2:
+        yield map
+        return
+    from concurrent.futures import ProcessPoolExecutor
+    from multiprocessing import get_context
+
+    with ProcessPoolExecutor(count, get_context("spawn"), _start_worker) as pool:
+        yield pool.map
+
+
+def _start_worker() -> None:
+    """Ends without a word when the user interrupts; otherwise as the command itself."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+    gc.set_threshold(*_RARELY)
+    _quiet_libraries()
 
 
 @app.command("diff")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from planner.errors import NoFeasiblePlan, PlannerError, UsageError
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from planner.autoplan import Glances
 
 SCHEMA = "planner.comparison/1"
+Spread = Callable[[Callable[[str], list["Cell"]], Iterable[str]], Iterable[list["Cell"]]]
 
 
 class Cell(Frozen):
@@ -37,16 +39,16 @@ class Cell(Frozen):
 
 
 def compare(models: Sequence[str] | None = None, gpus: Sequence[str] | None = None, batch_sizes: Sequence[int] = (1,),
-            *, say: Progress = silent, **request: Any) -> tuple[Cell, ...]:  # fmt: skip
+            *, say: Progress = silent, spread: Spread | None = None, **request: Any) -> tuple[Cell, ...]:  # fmt: skip
     """Plan every combination; ``models`` default to all bundled ones and ``gpus`` to all known ones.
 
-    ``request``: further options of :func:`planner.explain`, the same for all.
+    ``request``: further options of :func:`planner.explain`, the same for all. ``spread``: ``map``, or one that spreads the
+    models over processes.
 
     Raises:
         HardwareError, ProfileError: a GPU or model that is not known at all.
         UsageError: an option that no combination could have.
     """
-    from planner.autoplan import Glances
     from planner.hardware.profiles import find_gpu, load_gpus
     from planner.models import list_profiles, resolve
 
@@ -57,12 +59,21 @@ def compare(models: Sequence[str] | None = None, gpus: Sequence[str] | None = No
     for gpu in chosen_gpus:
         if gpu.strip().lower() != "cpu":
             find_gpu(gpu)
-    cells = []
-    for model in chosen_models:
-        say(f"planning {model} on {len(chosen_gpus)} devices")
-        glances = {batch: Glances(model, batch_size=batch, **request) for batch in batch_sizes}
-        cells += [_cell(model, gpu, batch, glances[batch]) for gpu in chosen_gpus for batch in batch_sizes]
+    say(f"planning {len(chosen_models)} models on {len(chosen_gpus)} devices")
+    rows = partial(_rows, gpus=chosen_gpus, batch_sizes=batch_sizes, request=request)
+    cells: list[Cell] = []
+    for model, found in zip(chosen_models, (spread or map)(rows, chosen_models), strict=True):
+        cells += found
+        say(f"planned {model}: {len(cells)} of {len(chosen_models) * len(found)} plans")
     return tuple(cells)
+
+
+def _rows(model: str, gpus: Sequence[str], batch_sizes: Sequence[int], request: Mapping[str, Any]) -> list[Cell]:
+    """One model on every GPU; what follows from its traces alone is found out once."""
+    from planner.autoplan import Glances
+
+    glances = {batch: Glances(model, batch_size=batch, **request) for batch in batch_sizes}
+    return [_cell(model, gpu, batch, glances[batch]) for gpu in gpus for batch in batch_sizes]
 
 
 def _cell(model: str, gpu: str, batch: int, glances: Glances) -> Cell:
