@@ -195,7 +195,7 @@ class CostModel:
     batch_size: int
     probes: Mapping[str, float] | None = None
     known: Known = field(default_factory=Known)
-    """What was found out about single components; models of the same traces may share it, whatever their devices."""
+    """What follows from the traces alone; models of the same traces may share it, whatever their devices."""
     memory_scale: float = 1.0
     """Learned correction of activations and workspace for this device and pipeline (1: none)."""
     time_scale: float = 1.0
@@ -204,15 +204,10 @@ class CostModel:
     _calls: dict[object, CallCost] = field(default_factory=dict)
     _times: dict[object, CallTime] = field(default_factory=dict)
     _roles: dict[str, str] = field(default_factory=dict)
-    _residencies: dict[object, Residency] = field(default_factory=dict)
-    _least: dict[object, int] = field(default_factory=dict)
-    _kept: dict[int, object] = field(default_factory=dict)
-    _slim: dict[int, tuple[CallTrace, Ints]] = field(default_factory=dict)
-    _helds: dict[int, tuple[list[int], list[int], int]] = field(default_factory=dict)
 
     def key(self, thing: object) -> int:
         """A key for a trace or a part of one. The thing is kept, or its id could be given to another."""
-        self._kept[id(thing)] = thing
+        self.known.things[id(thing)] = thing
         return id(thing)
 
     def trace_for(self, recipe: Recipe) -> PipelineTrace:
@@ -264,7 +259,6 @@ class CostModel:
         """Drop shared evaluations, after a correction changed."""
         self._calls.clear()
         self._times.clear()
-        self._least.clear()
 
     # -- one component call -----------------------------------------------------------------------------------------
 
@@ -314,11 +308,11 @@ class CostModel:
 
     def least_running_bytes(self, call: CallTrace, window: Ints | None) -> int:
         """At most what :meth:`call_cost` says of the call's peak, whatever the local knobs: activations and moving weights alone."""
-        key = (self.key(call), None if window is None else self.key(window))
-        if key not in self._least:
+        key = (self.key(call), None if window is None else self.key(window), self.memory_scale)
+        if key not in self.known.least:
             live = (_live_bytes(call, True) * self.memory_scale).astype(np.int64)
-            self._least[key] = int((live + _moving_bytes(call, window)).max(initial=0))
-        return self._least[key]
+            self.known.least[key] = int((live + _moving_bytes(call, window)).max(initial=0))
+        return self.known.least[key]
 
     def _time(self, call: CallTrace, local: Local, recipe: Recipe, scheme: str | None) -> CallTime:
         """Time depends on fewer knobs than memory does, and CUDA graphs change its launch part only."""
@@ -331,9 +325,9 @@ class CostModel:
         return known
 
     def _condensed(self, call: CallTrace) -> tuple[CallTrace, Ints]:
-        known = self._slim.get(self.key(call))
+        known = self.known.condensed.get(self.key(call))
         if known is None:
-            known = self._slim[self.key(call)] = condensed(call)
+            known = self.known.condensed[self.key(call)] = condensed(call)
         return known
 
     # -- sums over the pipeline -------------------------------------------------------------------------------------
@@ -342,9 +336,9 @@ class CostModel:
         """The offload simulation for a recipe, shared by all recipes that place weights alike."""
         key = (self.key(trace), recipe.offload, recipe.offload_stream, recipe.offload_blocks, recipe.offload_disk, recipe.resident,
                tuple(sorted(recipe.weights.items())), _placements(recipe), vae_mode(recipe))  # fmt: skip
-        if key not in self._residencies:
-            self._residencies[key] = residency(self.traces.facts, trace, recipe, self.known)
-        return self._residencies[key]
+        if key not in self.known.residencies:
+            self.known.residencies[key] = residency(self.traces.facts, trace, recipe, self.known)
+        return self.known.residencies[key]
 
     def held(self, trace: PipelineTrace) -> tuple[list[int], list[int]]:
         """Per distinct call: how often it is made, and the most bytes that the pipeline holds when it starts."""
@@ -352,14 +346,14 @@ class CostModel:
 
     def _held(self, trace: PipelineTrace) -> tuple[list[int], list[int], int]:
         """Per distinct call its count and the most the pipeline holds when it starts; and all glue operations."""
-        known = self._helds.get(self.key(trace))
+        known = self.known.held.get(self.key(trace))
         if known is None:
             counts, helds = [0] * len(trace.calls), [0] * len(trace.calls)
             for event in trace.events:
                 counts[event.call] += 1
                 helds[event.call] = max(helds[event.call], event.held_bytes)
             glue = sum(event.glue_operations for event in trace.events) + trace.tail.glue_operations
-            known = self._helds[self.key(trace)] = (counts, helds, glue)
+            known = self.known.held[self.key(trace)] = (counts, helds, glue)
         return known
 
     def _repeat_factor(self, trace: PipelineTrace, index: int, recipe: Recipe) -> float:

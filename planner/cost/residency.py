@@ -41,12 +41,18 @@ class Residency:
 
 @dataclass(slots=True)
 class Known:
-    """What was found out about single components, for one pipeline's facts: most recipes treat most components alike."""
+    """What was found out about one pipeline's traces, whatever the device: most recipes treat most components alike."""
 
     totals: dict[object, int] = field(default_factory=dict)
     plans: dict[object, WindowPlan] = field(default_factory=dict)
     passages: dict[object, tuple[CallTrace, Passage]] = field(default_factory=dict)
     """Kept with the call, so that its id stays its own."""
+    residencies: dict[object, Residency] = field(default_factory=dict)
+    condensed: dict[int, tuple[CallTrace, Ints]] = field(default_factory=dict)
+    held: dict[int, tuple[list[int], list[int], int]] = field(default_factory=dict)
+    least: dict[object, int] = field(default_factory=dict)
+    things: dict[int, object] = field(default_factory=dict)
+    """By id: keys of the tables above are ids of these."""
 
 
 def component_bytes(facts: PipelineFacts, trace: PipelineTrace, recipe: Recipe, known: Known | None = None) -> dict[str, int]:
