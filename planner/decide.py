@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from planner.cost.estimate import estimate_of
 from planner.cost.model import CostModel
 from planner.errors import NoFeasiblePlan, UnsupportedPipeline, UsageError
+from planner.explain.words import settings_text
 from planner.knobs import knob, normalize, parse_settings, to_python, violations
 from planner.knobs.base import Context
 from planner.outcome import Outcome, choose, explain_choice
@@ -164,19 +165,23 @@ def host_budget(request: Request, device: Device) -> int | None:
 # -- the plan ---------------------------------------------------------------------------------------------------------
 
 
+def _lossy_hint(space: Space) -> str:
+    return "" if space.context.quality == "lossy" else ", or allow quantized weights with quality lossy"
+
+
 def _nothing_fits(space: Space, model: CostModel, outcome: Outcome) -> NoFeasiblePlan:
     leanest, budget = outcome.leanest, space.limits.bytes
     if leanest is None:
         return NoFeasiblePlan("the rules leave no combination of these fixed knobs; leave one of them free.")
     changes = {name: value for name, value in leanest.settings.items() if space.baseline.get(name) != value}
-    named = ", ".join(f"{name}={value}" for name, value in changes.items()) or "the pipeline as it is"
+    named = settings_text(changes, "the pipeline as it is")
     short = outcome.shortfall_bytes or 0
     if budget is not None and leanest.needed_bytes > budget:
         where = f" in {outcome.short_phase}" if outcome.short_phase else ""
         lacks = f"needs {format_bytes(leanest.needed_bytes)}{where}, {format_bytes(short)} more than the budget of {format_bytes(budget)}"
     else:
         lacks = f"needs {format_bytes(leanest.stock_bytes)} of host memory, {format_bytes(short)} more than there is"
-    message = f"nothing fits: the leanest plan ({named}) {lacks}. Lower batch_size or the resolution, or free memory."
+    message = f"nothing fits: the leanest plan ({named}) {lacks}. Lower the batch size or the resolution, free memory{_lossy_hint(space)}."
     return NoFeasiblePlan(message, leanest=_alternative(model, space, leanest), shortfall_bytes=short)
 
 

@@ -31,6 +31,8 @@ from planner.units import format_bytes, format_seconds
 
 MARGIN = 0.02
 """Relative difference of cost that is not worth a departure; an assumption about the noise between two predictions."""
+ALIKE = 1.005
+"""Ratio of times below which an explanation calls them equal."""
 GAIN = 0.05
 """Least relative gain that ``what_if`` reports."""
 MAJOR = ("offload", "dtype", "quantization", "attention", "compile", "batch_split", "vae_tiling", "vae_slicing", "channels_last")
@@ -218,7 +220,13 @@ def _lost(space: Space, name: str, value: Value, count: int, best: Candidate | N
     times = best.cost / chosen.cost if chosen.cost else 1.0
     if best.cost == chosen.cost:
         return Rejection(settings=setting, kind="dominated", reason="no faster, and one change more", count=count)
-    reason = f"{times:.2f} times as slow ({format_seconds(best.nanoseconds / 1e9)})"
+    seconds, setup = format_seconds(best.nanoseconds / 1e9), format_seconds(best.setup_nanoseconds / 1e9)
+    if times < ALIKE:
+        reason = f"no faster ({seconds})"
+    elif best.nanoseconds < ALIKE * chosen.nanoseconds:
+        reason = f"no faster ({seconds}), and {setup} to set up"
+    else:
+        reason = f"{times:.2f} times as slow ({seconds})"
     if best.needed_bytes >= chosen.needed_bytes:
         return Rejection(settings=setting, kind="dominated", reason=f"{reason}, and it needs no less memory", count=count)
     return Rejection(settings=setting, kind="time", reason=reason, count=count)
