@@ -19,11 +19,12 @@ from planner.explain import charts, diff, words
 from planner.explain import html as report
 from planner.explain.compare import Cell, render_csv, render_html, render_text, to_data
 from planner.explain.layout import paragraph, table
-from planner.explain.text import most_important, phase_table, render, render_estimate
+from planner.explain.text import UNSURE, most_important, phase_table, render, render_estimate
 from planner.plan import Plan
+from planner.types import Rejection
 from planner.units import GIB
 
-from .golden.cases import CARD, CASES, crowded, estimate, offloaded, phase, untouched
+from .golden.cases import CARD, CASES, alternative, crowded, estimate, offloaded, phase, untouched
 from .golden.files import assert_golden
 
 CHROMIUM = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
@@ -38,7 +39,7 @@ def test_text_is_as_agreed(name: str, verbose: bool) -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-@pytest.mark.parametrize("width", [72, 80, 91, 92, 100, 160])
+@pytest.mark.parametrize("width", [60, 75, 76, 80, 91, 92, 100, 160])
 @pytest.mark.parametrize("verbose", [False, True])
 def test_text_keeps_to_the_width(name: str, width: int, verbose: bool) -> None:
     assert max(len(line) for line in render(CASES[name](), verbose, width).splitlines()) <= width
@@ -60,8 +61,33 @@ def test_text_says_what_the_plan_needs_and_why_others_lost() -> None:
     assert "commonest variant" in text
     assert re.search(r"4\.00 GiB +240 s +2\.1 times as long, 5\.20 GiB less +offload=sequential", text)
     assert "short by 1.70 GiB in vae.decode" in text
-    assert "2304 combinations, 61 of them priced" in text
+    assert "2304 combinations, by exact prices of 61 parts of them" in text
     assert text.rstrip().splitlines()[-1].startswith("warning")
+
+
+def test_alternatives_alike_are_one_line_and_gains_not_taken_are_explained() -> None:
+    """Three of 9.30 GiB and 110 s, 2 % shorter than the plan's 112 s: one line, and why a shorter time is not taken."""
+    settings = [{"offload": "model", "compile": word} for word in ("default", "regional", "max-autotune")]
+    plan = offloaded().model_copy(update={"alternatives": tuple(alternative(each, 9.3, 110.0) for each in settings)})
+    line = r"9\.30 GiB +110 s +2 % shorter, 102\.4 MiB more +compile=default vae_slicing=false, and 2\s+like it"
+    assert re.search(line, plan.explain())
+    assert UNSURE in plan.explain()
+    assert "compile=max-autotune vae_slicing=false" in plan.explain(verbose=True)
+    assert UNSURE not in offloaded().explain()
+
+
+@pytest.mark.parametrize(
+    ("kind", "reason", "label"),
+    [
+        ("time", "1.16 times as slow (3.00 s)", "slower"),
+        ("dominated", "1.16 times as slow (3.00 s), and it needs no less memory", "slower"),
+        ("time", "its gain is within the model's uncertainty", "no gain"),
+        ("dominated", "no faster, and one change more", "no gain"),
+        ("rule", "not installed", "ruled out"),
+    ],
+)
+def test_only_what_is_slower_is_called_so(kind: str, reason: str, label: str) -> None:
+    assert words.rejection_label(Rejection(settings={"offload": "model"}, kind=kind, reason=reason, count=1)) == label
 
 
 def test_measured_stands_beside_predicted() -> None:

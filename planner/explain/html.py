@@ -106,7 +106,7 @@ def _rejected(plan: Plan) -> str:
     if not plan.rejected:
         return ""
     rows: list[tuple[object, ...]] = [
-        (words.rejected_name(item, plan), item.count, words.KINDS[item.kind], words.rejection_text(item)) for item in plan.rejected
+        (words.rejected_name(item, plan), item.count, words.rejection_label(item), words.rejection_text(item)) for item in plan.rejected
     ]
     return _section("What was rejected", SEARCH + table(("combinations with", "count", "kind", "why"), rows, frozenset({1})))
 

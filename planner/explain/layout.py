@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Iterable, Sequence
 
 DEFAULT_WIDTH = 100
-LEAST_WIDTH = 72
+LEAST_WIDTH = 60
 GAP = 2
 LEAST_COLUMN = 10
 """Letters that a cut column keeps."""

@@ -15,11 +15,15 @@ if TYPE_CHECKING:
 
 INDENT = 11
 MANY_PHASES = 8
-MANY_LOST = 5
+MANY_LOST = 4
+MANY_RULED_OUT = 3
 ROOMY = 92
 """From this width on a table's sizes carry their units; below it the head says GiB once."""
+TIGHT = 76
+"""Below this width a table of phases names peaks only, and an alternative's settings stand on lines of their own."""
 _PHASE_HEAD = ("phase", "calls", "time", "weights", "activations", "workspace", "peak", "bound by")
 _NARROW_HEAD = ("in GiB", "calls", "time", "weights", "activ.", "worksp.", "peak", "bound")
+UNSURE = "a gain that the model is not sure of, or that setting up uses up, is not taken"
 
 
 def render(plan: Plan, verbose: bool = False, width: int | None = None) -> str:
@@ -139,11 +143,14 @@ def phase_table(estimate: Estimate, width: int, verbose: bool = False) -> list[s
     roomy = width >= ROOMY
     rows: list[tuple[str, ...]] = [_PHASE_HEAD if roomy else _NARROW_HEAD]
     rows += [_phase_row(phase, phase is highest, phase is longest, roomy) for phase in shown]
-    lines = table(rows, width, left=(0, 7))
+    if width < TIGHT:
+        rows = [row[:3] + row[6:] for row in rows]
+    lines = table(rows, width, left=(0, len(rows[0]) - 1))
     left_out = [phase for phase in phases if phase not in shown]
     if left_out:
         seconds, peak = sum(phase.seconds for phase in left_out), max(phase.peak_allocated_bytes for phase in left_out)
-        lines.append(f"and {len(left_out)} more: {format_seconds(seconds)}, peak {format_bytes(peak)} at most (-v lists them)")
+        rest = f"and {len(left_out)} more: {format_seconds(seconds)}, peak {format_bytes(peak)} at most (-v lists them)"
+        lines += paragraph("", rest, width, 2)
     return lines
 
 
@@ -186,40 +193,60 @@ def _lost(plan: Plan, width: int, verbose: bool) -> list[str]:
     others = [item for item in plan.alternatives if item.settings != plan.settings]
     equal = [item for item in others if words.why_lost(item.predicted, plan.predicted) == words.NO_BETTER]
     behind = [item for item in others if item not in equal]
-    rows = _alternatives(plan, behind if verbose else behind[:MANY_LOST], width)
-    lines = ["nearest alternatives, and what they set differently", *rows] if rows else []
+    groups = _alike(plan, behind)
+    shown = groups if verbose else groups[:MANY_LOST]
+    lines = ["nearest alternatives, and what they set differently", *_alternatives(shown, width, verbose)] if shown else []
+    if any(item.predicted.latency_seconds < plan.predicted.latency_seconds for _, items in shown for item, _ in items):
+        lines += paragraph("", UNSURE, width, 2)
     if equal:
-        names = "; ".join(words.settings_text(words.difference(item.settings, plan.settings)) for item in equal)
-        lines += _lines("as good", names, width)
+        names = [words.settings_text(words.difference(item.settings, plan.settings)) for item in equal]
+        more = [] if verbose or len(names) <= 3 else [f"and {len(names) - 3} more (-v lists them)"]
+        lines += _lines("as good", "; ".join([*(names[:3] if more else names), *more]), width)
     if plan.counts is not None:
-        lines += _lines("searched", f"{plan.counts.candidates} combinations, {plan.counts.evaluated} of them priced one by one", width)
+        how = f"{plan.counts.candidates} combinations, by exact prices of {plan.counts.evaluated} parts of them"
+        lines += _lines("searched", how, width)
     return lines + (_rejected_table(plan, width) if verbose else _rejected_summary(plan, width))
 
 
-def _alternatives(plan: Plan, shown: Sequence[Alternative], width: int) -> list[str]:
-    """Peak, time, in what each is behind, and beside them its settings, wrapped where they are long."""
-    sizes = [
-        (format_bytes(item.predicted.peak_allocated_bytes), format_seconds(item.predicted.latency_seconds),
-         words.why_lost(item.predicted, plan.predicted))
-        for item in shown
-    ]  # fmt: skip
-    labels = table(sizes, width, left=(2,), indent=2)
-    indent = max(map(len, labels), default=0) + 2
-    settings = [words.settings_text(words.difference(item.settings, plan.settings)) for item in shown]
-    return [line for label, text in zip(labels, settings, strict=True) for line in paragraph(label, text, width, indent)]
+_Alike = tuple[tuple[str, str, str], list[tuple[Alternative, str]]]
+
+
+def _alike(plan: Plan, found: Sequence[Alternative]) -> list[_Alike]:
+    """Alternatives by peak, time and in what they are behind, each with what it sets differently."""
+    groups: dict[tuple[str, str, str], list[tuple[Alternative, str]]] = {}
+    for item in found:
+        seen = item.predicted
+        sizes = format_bytes(seen.peak_allocated_bytes), format_seconds(seen.latency_seconds), words.why_lost(seen, plan.predicted)
+        groups.setdefault(sizes, []).append((item, words.settings_text(words.difference(item.settings, plan.settings))))
+    return list(groups.items())
+
+
+def _alternatives(groups: Sequence[_Alike], width: int, verbose: bool) -> list[str]:
+    """Peak, time, in what each is behind, and beside them (below them where there is no room) its settings."""
+    labels = table([sizes for sizes, _ in groups], width, left=(2,), indent=2)
+    indent = max(map(len, labels), default=0) + 2 if width >= TIGHT else 4
+    lines = []
+    for label, (_, items) in zip(labels, groups, strict=True):
+        texts = [text for _, text in items]
+        if not verbose and len(texts) > 1:
+            texts = [f"{texts[0]}, and {len(texts) - 1} like it"]
+        for place, text in enumerate(texts):
+            lines += paragraph(label if place == 0 else "", text, width, indent)
+    return lines
 
 
 def _rejected_summary(plan: Plan, width: int) -> list[str]:
     """One paragraph per kind of rejection: the nearest first, settings that share a reason together."""
     lines: list[str] = []
-    for kind, label in words.KINDS.items():
+    for label in words.LOST:
         groups: dict[str, list[str]] = {}
-        items = [item for item in plan.rejected if item.kind == kind]
+        items = [item for item in plan.rejected if words.rejection_label(item) == label]
         for item in sorted(items, key=lambda item: item.shortfall_bytes or 0):
             groups.setdefault(words.rejection_text(item), []).append(words.rejected_name(item, plan))
-        shown = [f"{_names(names)}: {reason}" for reason, names in list(groups.items())[:MANY_LOST]]
-        if len(groups) > MANY_LOST:
-            shown.append(f"and {len(groups) - MANY_LOST} more (-v lists them)")
+        most = MANY_RULED_OUT if label == "ruled out" else MANY_LOST
+        shown = [f"{_names(names)}: {reason}" for reason, names in list(groups.items())[:most]]
+        if len(groups) > most:
+            shown.append(f"and {len(groups) - most} more (-v lists them)")
         lines += _lines(label, "; ".join(shown), width) if shown else []
     return lines
 
@@ -233,7 +260,7 @@ def _names(names: Sequence[str]) -> str:
 
 
 def _rejected_table(plan: Plan, width: int) -> list[str]:
-    rows = [(words.rejected_name(item, plan), words.KINDS[item.kind], words.rejection_text(item)) for item in plan.rejected]
+    rows = [(words.rejected_name(item, plan), words.rejection_label(item), words.rejection_text(item)) for item in plan.rejected]
     return ["", "rejected", *table(rows, width, left=(0, 1, 2), indent=2)] if rows else []
 
 

@@ -12,10 +12,8 @@ if TYPE_CHECKING:
 
 WISHES = {"latency": "least time for a call", "throughput": "most samples per second", "memory": "least memory"}
 """What the objectives mean."""
-KINDS = {"memory": "too large", "host": "host RAM", "time": "slower", "dominated": "dominated", "rule": "forbidden"}
-"""What the kinds of rejection mean."""
-
-
+LOST = ("too large", "host RAM", "slower", "no gain", "ruled out")
+"""Why combinations lose, in the order in which an explanation says so."""
 NO_BETTER = "neither faster nor smaller"
 
 
@@ -48,8 +46,10 @@ def plan_line(plan: Plan) -> str:
 def workload_text(workload: Workload) -> str:
     """``batch 8, 1024x1024, 30 steps``; what the pipeline decides itself is left out."""
     parts = [f"batch {workload.batch_size}"]
-    if workload.width or workload.height:
-        parts.append(f"{workload.width or '?'}x{workload.height or '?'}")
+    if workload.width and workload.height:
+        parts.append(f"{workload.width}x{workload.height}")
+    elif workload.width or workload.height:
+        parts.append(f"width {workload.width}" if workload.width else f"height {workload.height}")
     for value, unit in ((workload.num_frames, "frames"), (workload.num_inference_steps, "steps")):
         if value is not None:
             parts.append(f"{value} {unit}")
@@ -114,6 +114,13 @@ def rejected_name(rejection: Rejection, plan: Plan) -> str:
     if rejection.settings.keys() >= plan.settings.keys():
         return settings_text(difference(rejection.settings, plan.settings), "as chosen")
     return settings_text(rejection.settings)
+
+
+def rejection_label(rejection: Rejection) -> str:
+    """One of :data:`LOST`. What is as fast, or faster by no more than the model's uncertainty, is not called slower."""
+    if rejection.kind in ("time", "dominated"):
+        return "slower" if "times as slow" in rejection.reason else "no gain"
+    return {"memory": "too large", "host": "host RAM", "rule": "ruled out"}[rejection.kind]
 
 
 def rejection_text(rejection: Rejection) -> str:
