@@ -90,6 +90,16 @@ def test_libraries_reach_other_layers_than_they_did() -> None:
     assert stored("dquant-015", "quanto_int8") == [50, 100]
 
 
+def test_facts_that_were_read_in_fp16_tell_the_layers_of_a_row_in_bf16() -> None:
+    leaves = tuple(Leaf(path=path, class_name="Linear", bytes=size, linear_weight_bytes=size) for path, size in (("wi", 100), ("wo", 200)))
+    t5 = ComponentFacts(name="text_encoder", class_name="T5EncoderModel", library="transformers", role="text_encoder", dtype="fp16",
+                        parameters=100, weight_bytes=300, leaves=leaves, keep_in_fp32=("wo",))  # fmt: skip
+    reached = layers_reached(cases()["tao-cogmem-002"])
+    assert reached is not None
+    assert leaf_bytes(reached(t5), "int8wo") == [50, 50]
+    assert reached(t5).weight_bytes == 200
+
+
 def test_calls_are_those_that_a_source_speaks_of() -> None:
     known = cases()
     counted = {row: known[row].calls for row in ("tao-flux-002", "sd3blog-002", "hfsdxl-003", "ort15-052", "lcm-001")}

@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from planner.cost.quantized import leaf_bytes
+from planner.cost.allocator import CachingAllocator, replay
+from planner.cost.quantized import fused_bytes, leaf_bytes
 from planner.cost.reserved import _tensors
-from planner.cost.workspace import attention_bytes, convolution_bytes
+from planner.cost.workspace import attention_bytes, convolution_bytes, operator_bytes, operator_pieces
 from planner.dryrun.trace import DTYPE_CODES, CallTrace, Kind
 from planner.facts import ComponentFacts, Leaf
 from planner.hardware.profiles import device_from_profile, find_gpu
@@ -57,6 +58,51 @@ def test_large_tf32_convolutions_copy_their_input_only_and_plain_fp32_nothing() 
     assert convolution_bytes(call, T4, Recipe()).tolist() == [0], "Turing has no TF32"
     half = convolution(1, 256, 128, 1024, "fp32", 4)
     assert convolution_bytes(half, H100, Recipe()).tolist() == [(1024 + 512) * MIB + 256 * 128 * 9 * 4]
+
+
+def test_convolutions_over_frames_copy_their_output_at_any_size() -> None:
+    flat = convolution(16, 256, 128, 1024, "bf16", 2)
+    dims = (16, 256, 1024 * 1024, 128, 9, 1, 1, 3)
+    frames = one(Kind.CONVOLUTION, "bf16", dims, int(flat.read_bytes[0]), int(flat.write_bytes[0]), int(flat.param_bytes[0]))
+    output = 16 * 128 * 1024 * 1024 * 2
+    assert convolution_bytes(frames, H100, Recipe()).tolist() == [int(convolution_bytes(flat, H100, Recipe())[0]) + output]
+
+
+def test_without_tensor_cores_16_bit_convolutions_run_in_fp32_with_transformed_weights() -> None:
+    """The last upsampling of a decoder at 512x512, and the convolution that sets SD 1.4's denoiser peak."""
+    card = gpu("GTX 1070")
+    last = convolution(1, 256, 256, 512, "fp16", 2)
+    assert convolution_bytes(last, card, Recipe()).tolist() == [512 * MIB + 9 * MIB]
+    deep = convolution(2, 2560, 1280, 16, "fp16", 2)
+    assert convolution_bytes(deep, card, Recipe()).tolist() == [450 * MIB + 4 * 2 * 256 * (2560 + 1280)]
+    assert convolution_bytes(convolution(1, 256, 256, 512, "fp32", 4), card, Recipe()).tolist() == [0]
+
+
+def test_scores_and_probabilities_are_blocks_of_their_own() -> None:
+    call = one(Kind.ATTENTION, "fp16", (2, 8, 4096, 4096, 40, 40, 0, 8))
+    vanilla = Recipe(attention="vanilla")
+    pieces = operator_pieces(call, H100, vanilla)
+    assert sorted(int(piece[0]) for piece in pieces)[-2:] == [512 * MIB, 512 * MIB]
+    assert sum(pieces).tolist() == operator_bytes(call, H100, vanilla).tolist()
+    allocator = CachingAllocator()
+    held = allocator.allocate(600 * MIB)
+    allocator.free(held)
+    replay(allocator, call, pieces)
+    assert allocator.peak_reserved_bytes < (600 + 512 + 64) * MIB, "one of them lies in the block that was free"
+
+
+@pytest.mark.parametrize(("names", "added"), [
+    (("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0"), 300),
+    (("attn2.to_q", "attn2.to_k", "attn2.to_v"), 200),
+    (("attn.to_q", "attn.to_k", "attn.to_v", "attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"), 600),
+])  # fmt: skip
+def test_fused_projections_lie_beside_the_separate_ones(names: tuple[str, ...], added: int) -> None:
+    leaves = tuple(Leaf(path=f"blocks.0.{name}", class_name="Linear", bytes=100, linear_weight_bytes=100) for name in names)
+    part = ComponentFacts(name="transformer", class_name="X", library="diffusers", role="denoiser", dtype="bf16", parameters=50,
+                          weight_bytes=100 * len(names), leaves=leaves, can_fuse_qkv=True)  # fmt: skip
+    assert sum(fused_bytes(part, None)) == added
+    assert sum(fused_bytes(part, "int8wo")) == added // 2
+    assert fused_bytes(part.model_copy(update={"can_fuse_qkv": False}), None) == []
 
 
 def test_channels_last_spares_the_output_copy() -> None:

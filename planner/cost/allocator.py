@@ -8,6 +8,7 @@ Constants from torch c10/cuda/CUDACachingAllocator.cpp: 512-byte blocks; request
 from __future__ import annotations
 
 import bisect
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -139,15 +140,17 @@ def _merged(left: Block, right: Block) -> Block:
     return left
 
 
-def replay(allocator: CachingAllocator, call: CallTrace, workspace: Ints, window: Ints | None = None) -> None:
+def replay(allocator: CachingAllocator, call: CallTrace, workspace: Sequence[Ints], window: Ints | None = None) -> None:
     """Run one component call's allocations and frees, each operation's workspace between them, and a moving window of weights.
+
+    ``workspace``: bytes per operation of each of its blocks, which live together.
 
     Storages that outlive the call are freed at its end: what the pipeline keeps of them is counted by the caller.
     """
     born, died = _lifetimes(call)
     blocks: dict[int, Block] = {}
     moving = _window_of(call, window)
-    scratch = {index: size for index, size in enumerate(np.asarray(workspace).tolist()) if size >= BLOCK}
+    scratch = _scratch(workspace)
     turns = {index for index in range(len(moving)) if index == 0 or moving[index] != moving[index - 1]}
     held: Block | None = None
     for index in sorted(born.keys() | died.keys() | scratch.keys() | turns):
@@ -160,9 +163,19 @@ def replay(allocator: CachingAllocator, call: CallTrace, workspace: Ints, window
         for uid, size in born.get(index, ()):
             blocks[uid] = allocator.allocate(size)
         if index in scratch:
-            allocator.free(allocator.allocate(scratch[index]))
+            for block in [allocator.allocate(size) for size in scratch[index]]:
+                allocator.free(block)
     for block in (*blocks.values(), *((held,) if held is not None else ())):
         allocator.free(block)
+
+
+def _scratch(workspace: Sequence[Ints]) -> dict[int, list[int]]:
+    """By operation, the sizes of its blocks."""
+    found: dict[int, list[int]] = {}
+    for piece in workspace:
+        for index in np.flatnonzero(piece >= BLOCK).tolist():
+            found.setdefault(index, []).append(int(piece[index]))
+    return found
 
 
 @per_call

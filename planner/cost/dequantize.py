@@ -14,6 +14,7 @@ import numpy as np
 
 from planner.cost.quantized import STORED_BYTES
 from planner.dryrun.trace import CallTrace, Floats, Kind
+from planner.types import Device
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,6 +36,8 @@ class Dequantization:
     """Products of up to 16 rows: on the host in int32, or on the device in fp32."""
     vector: bool = False
     """The product runs in a kernel made for one row."""
+    opaque: bool = False
+    """A compiler calls that kernel as it is."""
 
 
 _INT4 = Dequantization(vector=True, launches=2)
@@ -55,6 +58,8 @@ SCHEMES: dict[str, Dequantization] = {
     # The same on the way in; torch._scaled_mm rescales and adds the bias itself.
     "fp8dq": Dequantization(input_bytes=31, launches=10, peak="fp8"),
     "int4wo": _INT4,
+    # With torch 2.5 and older compiled calls took as long as eager ones: published CogVideoX rows of diffusers-torchao.
+    "int4wo_2024": Dequantization(vector=True, launches=2, opaque=True),
     "quanto_int4": _INT4,
     # optimum-quanto qbytes_mm: cast (1 + 2, fp8 only), x scale (2 or 1, + 2); WeightQBytesLinearFunction adds the bias (2 + 2).
     "quanto_int8": Dequantization(weight_bytes=3, output_bytes=4, launches=4),
@@ -74,9 +79,12 @@ FEW_ROWS = 16
 HOST_SECONDS_PER_WEIGHT, HOST_SECONDS_PER_PRODUCT = 1.1e-9, 0.25e-9
 """int8 weight copied to the host and widened, and one int32 multiply-add there: published eager int8 rows of
 diffusers-torchao, whose time beyond bf16 is a + b x batch in FLUX's modulation layers (one row per image)."""
-VECTOR_SHARE = 0.5
-"""``_weight_int4pack_mm`` (tinygemm) over the fp32 peak, for many rows: 16 TFLOP/s of an RTX A6000 (pytorch/ao,
-prototype/hqq README), 30 to 42 TFLOP/s of an H100 (Hugging Face blogs quanto-diffusers and diffusers-quantization)."""
+VECTOR_FLOPS_PER_CLOCK = 110
+"""``_weight_int4pack_mm`` (tinygemm) on each multiprocessor, for many rows: weights are unpacked anew for every 16 of them. 16
+TFLOP/s of an RTX A6000 (pytorch/ao, prototype/hqq README), 30 of an H100 (Hugging Face blog quanto-diffusers), 17 of an A100
+(diffusers-torchao) are one number per multiprocessor and clock, and three shares of the fp32 peak."""
+WIDE = ((6, 0), (7, 0), (7, 5), (8, 0))
+"""Compute capabilities whose multiprocessors have 64 fp32 lanes; the others have 128 (CUDA C++ programming guide, throughput)."""
 
 
 def dequantization(scheme: str | None) -> Dequantization:
@@ -113,12 +121,14 @@ def serial_seconds(call: CallTrace, scheme: str, bytes_per_second: Floats) -> Fl
     return np.asarray(seconds * layers)
 
 
-def product_seconds(call: CallTrace, scheme: str | None, peaks: Mapping[str, float]) -> Floats | None:
-    """Seconds of products that run in a kernel made for one row; None when the scheme has none."""
-    single = peaks.get("fp32")
-    if scheme is None or single is None or not dequantization(scheme).vector:
+def product_seconds(call: CallTrace, scheme: str | None, device: Device, fused: bool) -> Floats | None:
+    """Seconds of products that run in a kernel made for one row; None when the scheme has none, or a compiler replaces it."""
+    single, how = device.flops_per_second.get("fp32"), dequantization(scheme)
+    if scheme is None or single is None or not how.vector or (fused and not how.opaque):
         return None
-    return np.asarray(call.flops / (VECTOR_SHARE * single) * quantized_layers(call, scheme))
+    lanes = 64 if device.compute_capability in WIDE else 128
+    rate = single * VECTOR_FLOPS_PER_CLOCK / (2 * lanes)
+    return np.asarray(call.flops / rate * quantized_layers(call, scheme))
 
 
 def product_peak(scheme: str | None, peaks: Mapping[str, float]) -> float | None:

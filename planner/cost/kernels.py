@@ -164,7 +164,7 @@ def _compute_seconds(call: CallTrace, device: Device, coefficients: Coefficients
     if coefficients.vector_share is not None and single is not None:
         rate = np.where(_heavy(call), np.maximum(rate, coefficients.vector_share * np.minimum(peaks, single)), rate)
     seconds = call.flops / (rate * fill(call, device.sm_count or ASSUMED_SM_COUNT) if device.kind == "cuda" else rate)
-    slow = None if fused else product_seconds(call, scheme, device.flops_per_second)
+    slow = product_seconds(call, scheme, device, fused)
     return np.asarray(seconds if slow is None else np.maximum(seconds, slow), dtype=np.float64)
 
 

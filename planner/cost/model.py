@@ -335,7 +335,7 @@ class CostModel:
     def residency(self, trace: PipelineTrace, recipe: Recipe) -> Residency:
         """The offload simulation for a recipe, shared by all recipes that place weights alike."""
         key = (self.key(trace), recipe.offload, recipe.offload_stream, recipe.offload_blocks, recipe.offload_disk, recipe.resident,
-               tuple(sorted(recipe.weights.items())), _placements(recipe), vae_mode(recipe))  # fmt: skip
+               recipe.fused_qkv, tuple(sorted(recipe.weights.items())), _placements(recipe), vae_mode(recipe))  # fmt: skip
         if key not in self.known.residencies:
             self.known.residencies[key] = residency(self.traces.facts, trace, recipe, self.known)
         return self.known.residencies[key]
@@ -432,7 +432,7 @@ class CostModel:
 
 def _placements(recipe: Recipe) -> tuple[object, ...]:
     """What distinguishes the offload of components with a recipe of their own."""
-    return tuple((name, own.offload, own.offload_stream, own.offload_blocks) for name, own in sorted(recipe.only.items()))
+    return tuple((name, own.offload, own.offload_stream, own.offload_blocks, own.fused_qkv) for name, own in sorted(recipe.only.items()))
 
 
 def _live_bytes(call: CallTrace, fused: bool) -> Ints:

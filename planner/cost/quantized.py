@@ -16,6 +16,7 @@ STORED_BYTES: dict[str, float] = {
     "fp8wo": 1.0,
     "fp8dq": 1.0,
     "int4wo": 0.5 + 4 / 128,
+    "int4wo_2024": 0.5 + 4 / 128,
     "nf4": 0.5 + 4 / 64,
     "llm_int8": 1.0,
     "quanto_int8": 1.0,
@@ -36,7 +37,7 @@ STORED_BYTES: dict[str, float] = {
     "gguf_bf16": 2.0,
     "gguf_f16": 2.0,
 }
-KEPT_ALONE = frozenset({"int8wo", "int8dq", "int8dq_2024", "int4wo", "fp8wo", "fp8dq"})
+KEPT_ALONE = frozenset({"int8wo", "int8dq", "int8dq_2024", "int4wo", "int4wo_2024", "fp8wo", "fp8dq"})
 """torchao schemes: applying them, and loading with them, leaves modules alone that the class keeps in fp32 (T5's ``wo``).
 Source: planner.knobs.live_quantization; transformers quantizers/base.py, ``get_modules_to_not_convert``. After loading
 FLUX.1-dev in int8 that is 17.0 GiB instead of 16.0; 17.02 was published (blog diffusers-quantization)."""
@@ -55,6 +56,22 @@ def leaf_bytes(component: ComponentFacts, scheme: str | None, scale: float = 1.0
     if scheme is None or scheme == "none" or component.quantization:
         return [round(leaf.bytes * scale) for leaf in component.leaves]
     return [_stored(component, leaf, scheme, scale) for leaf in component.leaves]
+
+
+def fused_bytes(component: ComponentFacts, scheme: str | None, scale: float = 1.0) -> list[int]:
+    """Stored bytes of the projections that ``fuse_qkv_projections`` lays beside the separate ones, which stay.
+
+    Query, key and value, and those of added inputs; of attention over another input key and value alone. Source: diffusers
+    ``AttentionModuleMixin.fuse_projections``; FLUX.1-dev weighs 2.0 GiB more in int8 (diffusers-torchao).
+    """
+    stored = zip(component.leaves, leaf_bytes(component, scheme, scale), strict=True) if component.can_fuse_qkv else ()
+    return [size for leaf, size in stored if _is_fused(leaf.path)]
+
+
+def _is_fused(path: str) -> bool:
+    around, _, name = path.rpartition(".")
+    crosses = around.endswith("attn2")
+    return name in ("to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj") or (name == "to_q" and not crosses)
 
 
 def _stored(component: ComponentFacts, leaf: Leaf, scheme: str, scale: float) -> int:

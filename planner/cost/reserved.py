@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from planner.cost.allocator import Block, CachingAllocator, replay
 from planner.cost.model import Cost, CostModel, PhaseCost, localized
-from planner.cost.quantized import IMMOVABLE, LOADED_ON_DEVICE, leaf_bytes
-from planner.cost.residency import resting_bytes
+from planner.cost.quantized import IMMOVABLE, LOADED_ON_DEVICE, fused_bytes, leaf_bytes
+from planner.cost.residency import fuses, resting_bytes
 from planner.cost.windows import tied_bytes
-from planner.cost.workspace import operator_bytes
+from planner.cost.workspace import operator_pieces
 from planner.dryrun.trace import CallTrace, Ints
 from planner.facts import ComponentFacts
 from planner.recipe import Recipe
@@ -113,6 +113,8 @@ class _Run:
             original = self.allocator.allocate(before)
             blocks.append(self.allocator.allocate(after))
             self.allocator.free(original)
+        if fuses(component, self.recipe):
+            blocks += [self.allocator.allocate(size) for size in fused_bytes(component, self.recipe.weights.get(component.name), scale)]
 
     def enter(self, phase: PhaseCost) -> None:
         """Under model offload a component's predecessor leaves, the cache is emptied, and it comes in itself.
@@ -145,9 +147,9 @@ class _Run:
         call = self.model.variant(trace, index, self.recipe)
         local = localized(self.recipe, self.model.role(call.component), call.component)
         scheme = None if local.fused else local.scheme
-        workspace = operator_bytes(call, self.model.device, local.recipe(), scheme, most=self.most)
+        workspace = operator_pieces(call, self.model.device, local.recipe(), scheme, most=self.most)
         if self.model.device.kind != "cuda":
-            workspace = np.zeros(len(call), dtype=np.int64)
+            workspace = ()
         if phase.in_graph:
             self._capture(phase, call, workspace)
             return
@@ -158,7 +160,7 @@ class _Run:
         for block in extra:
             self.allocator.free(block)
 
-    def _capture(self, phase: PhaseCost, call: CallTrace, workspace: Ints) -> None:
+    def _capture(self, phase: PhaseCost, call: CallTrace, workspace: Sequence[Ints]) -> None:
         """A CUDA graph's pool is its own: segments that nothing else may use, taken once.
 
         They are those of an eager call, less what fusing saves of its peak.
@@ -168,7 +170,7 @@ class _Run:
         self._captured.add(phase.call)
         pool = CachingAllocator()
         replay(pool, call, workspace, self.cost.residency.window[phase.call])
-        eager = int((call.live_bytes + workspace).max(initial=0))
+        eager = int(np.sum([call.live_bytes, *workspace], axis=0).max(initial=0))
         share = min(1.0, (phase.cost.activations_bytes + phase.cost.workspace_bytes) / eager) if eager else 0.0
         if pool.peak_reserved_bytes:
             self.allocator.allocate(round(pool.peak_reserved_bytes * share))

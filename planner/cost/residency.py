@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 
-from planner.cost.quantized import IMMOVABLE, leaf_bytes
+from planner.cost.quantized import IMMOVABLE, fused_bytes, leaf_bytes
 from planner.cost.windows import Passage, WindowPlan, tied_bytes, window_plan
 from planner.dryrun.trace import CallTrace, Ints, PipelineTrace, VaeMode
 from planner.dtypes import parse_dtypes
@@ -60,7 +60,7 @@ def component_bytes(facts: PipelineFacts, trace: PipelineTrace, recipe: Recipe, 
     known, resting = known or Known(), resting_bytes(facts, trace)
     found = {}
     for part in facts.components:
-        key = (part.name, resting[part.name], recipe.weights.get(part.name))
+        key = (part.name, resting[part.name], recipe.weights.get(part.name), fuses(part, recipe))
         if key not in known.totals:
             known.totals[key] = _stored_total(part, resting[part.name], recipe)
         found[part.name] = known.totals[key]
@@ -86,10 +86,16 @@ def _cast_bytes(component: ComponentFacts, dtype: str) -> int:
 def _stored_total(component: ComponentFacts, size: int, recipe: Recipe) -> int:
     """Stored bytes of a component that weighs ``size`` unquantized; a tensor of several modules counts once."""
     scheme = recipe.weights.get(component.name)
-    if scheme is None or not component.leaves:
-        return size
     scale = size / component.weight_bytes if component.weight_bytes else 1.0
-    return sum(leaf_bytes(component, scheme, scale)) - round(tied_bytes(component) * scale)
+    added = sum(fused_bytes(component, scheme, scale)) if fuses(component, recipe) else 0
+    if scheme is None or not component.leaves:
+        return size + added
+    return sum(leaf_bytes(component, scheme, scale)) - round(tied_bytes(component) * scale) + added
+
+
+def fuses(component: ComponentFacts, recipe: Recipe) -> bool:
+    """Whether the component runs with fused projections beside its separate ones."""
+    return recipe.of(component.name).fused_qkv and component.role in ("denoiser", "controlnet")
 
 
 def residency(facts: PipelineFacts, trace: PipelineTrace, recipe: Recipe, known: Known | None = None) -> Residency:

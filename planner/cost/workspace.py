@@ -56,12 +56,16 @@ def convolution_bytes(call: CallTrace, device: Device, recipe: Recipe, *, most: 
     change between batches 1, 4, 8 and 16 of FLUX; the one of TF32 between the SDXL decoder's last upsampling at 1024x1024, which
     cannot have copied its output, and smaller convolutions, without whose copies 2 to 3 GiB that it reserves are missing.
     Algorithms that a search settled on write NCHW, too (ONNX Runtime's SD 1.5 table, second runs).
+    Convolutions over frames copy their output at any size: HunyuanVideo's decoder peaks 3.2 GiB above liveness and the input's copy,
+    which is that output (Hugging Face blog video_gen, January 2025).
     Under ``channels_last`` the output needs no copy; the input still does, for group norm hands it over in NCHW.
     Beside the tensors lies the weight in the kernel's own order, which is how these kernels' names begin (``nhwckrsc``).
     ``most``: every output is copied, which kernels of some cards and releases do where those above do not.
     """
     if device.kind == "cpu":
         return _onednn_bytes(call, recipe)
+    if device.compute_capability is not None and device.compute_capability < (7, 0):
+        return _winograd_bytes(call)
     nhwc = uses_channels_last_kernels(device, call)
     if not nhwc.any():
         return np.zeros(len(call), dtype=np.int64)
@@ -71,9 +75,27 @@ def convolution_bytes(call: CallTrace, device: Device, recipe: Recipe, *, most: 
     searched = recipe.cudnn_benchmark and recipe.settled
     limit = np.where(np.isin(call.dtype, _SIXTEEN_BIT), DIRECT_OUTPUT_LIMIT, DIRECT_TF32_LIMIT)
     copies_output = out_elements * dims[:, 3] < limit
-    copies_output = (copies_output & (not searched) | most) & (not recipe.channels_last)
+    copies_output = (copies_output & (not searched) | most | (dims[:, 7] == 3)) & (not recipe.channels_last)
     weight_bytes = 0 if recipe.channels_last else call.param_bytes
     return nhwc * (input_bytes + copies_output * out_elements * dtype_bytes(call) + weight_bytes)
+
+
+WINOGRAD_POINTS = 36
+"""F(4x4, 3x3): output tiles of 4x4 pixels, each made of 6x6 transformed ones."""
+
+
+def _winograd_bytes(call: CallTrace) -> Ints:
+    """Without tensor cores cuDNN computes 16-bit 3x3 convolutions in fp32: input and output there, and the weight's Winograd transform.
+
+    Source: allocated peaks of SD 1.4, SD 2.1, SDXL and Kandinsky on a GTX 1070 and a P100 (gperdrizet/unit-6-assignments): the
+    transform from 2560 to 1280 channels, 450 MiB, sets the denoisers' peaks, the last upsampling the decoders'. In fp32 there is
+    none of it.
+    """
+    dims = call.dims
+    plain = (call.kind == Kind.CONVOLUTION) & np.isin(call.dtype, _SIXTEEN_BIT) & (dims[:, 4] == 9) & (dims[:, 6] == 1)
+    plain &= (dims[:, 7] == 2) & (dims[:, 5] == 1)
+    pixels = dims[:, 0] * dims[:, 2] * (dims[:, 1] + dims[:, 3])
+    return np.where(plain, 4 * (pixels + WINOGRAD_POINTS * dims[:, 1] * dims[:, 3]), 0)
 
 
 def _onednn_bytes(call: CallTrace, recipe: Recipe) -> Ints:
@@ -176,9 +198,25 @@ def dequantization_bytes(call: CallTrace, scheme: str | None) -> Ints:
 
 def operator_bytes(call: CallTrace, device: Device, recipe: Recipe, scheme: str | None = None, *, most: bool = False) -> Ints:
     """Sum of all operator workspace, per operation; ``most`` as in :func:`convolution_bytes`."""
-    return (convolution_bytes(call, device, recipe, most=most) + attention_bytes(call, device, recipe)
-            + normalization_bytes(call, device, recipe) + dequantization_bytes(call, scheme))  # fmt: skip
+    return np.asarray(sum(operator_pieces(call, device, recipe, scheme, most=most)))
+
+
+def operator_pieces(call: CallTrace, device: Device, recipe: Recipe, scheme: str | None = None, *, most: bool = False) -> tuple[Ints, ...]:
+    """The blocks that :func:`operator_bytes` is the sum of: scores and probabilities are one each, and copies of heads a third."""
+    attention = attention_bytes(call, device, recipe)
+    scores = score_matrix_bytes(call, device, recipe)
+    return (convolution_bytes(call, device, recipe, most=most), scores, scores, attention - 2 * scores,
+            normalization_bytes(call, device, recipe), dequantization_bytes(call, scheme))  # fmt: skip
+
+
+def score_matrix_bytes(call: CallTrace, device: Device, recipe: Recipe) -> Ints:
+    """One of the two score matrices that :func:`attention_bytes` counts; 0 for kernels that keep none."""
+    if recipe.attention not in ("vanilla", "math", "default"):
+        return np.zeros(len(call), dtype=np.int64)
+    dims = call.dims
+    kept = np.isin(attention_kernel(call, device, recipe), ("vanilla", "math")) & (call.kind == Kind.ATTENTION)
+    return np.where(kept, dims[:, 0] * dims[:, 1] * dims[:, 2] * dims[:, 3] * dtype_bytes(call), 0)
 
 
 __all__ = ["Floats", "attention_bytes", "attention_kernel", "convolution_bytes", "dequantization_bytes", "dtype_bytes",
-           "normalization_bytes", "operator_bytes", "uses_channels_last_kernels"]  # fmt: skip
+           "normalization_bytes", "operator_bytes", "operator_pieces", "uses_channels_last_kernels"]  # fmt: skip

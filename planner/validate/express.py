@@ -14,6 +14,7 @@ from planner.validate.models import (
     guides_by_embedding,
     profile_name,
     usual_dtype,
+    variant_for,
 )
 from planner.validate.remarks import Remarks, read_remarks
 from planner.validate.rows import PublishedRow, Row, Torch2Row
@@ -173,6 +174,7 @@ def _published(row: PublishedRow) -> Case:
     model = profile_name(row.model)
     if model is None:
         raise CannotExpress(f"the model {row.model!r} is neither a known name nor a hub id")
+    model = variant_for(model, name)
     counted = _count(row.metric, row.value, row.id, row.notes)
     settings, remarks, library, notes = _settings(row, name, subject, model)
     workload, more = _workload(row, name, subject, remarks)

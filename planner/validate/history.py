@@ -10,7 +10,7 @@ from itertools import pairwise
 import numpy as np
 
 from planner.dryrun.trace import CallTrace, Ints, Kind
-from planner.facts import ComponentFacts
+from planner.facts import ComponentFacts, Leaf
 from planner.units import MIB
 from planner.validate.case import Case
 
@@ -35,19 +35,31 @@ def layers_reached(case: Case) -> Callable[[ComponentFacts], ComponentFacts] | N
     if case.quantization_library not in ("torchao", "quanto"):
         return None
     if _WHOLE_MODELS.search(f"{case.source} {case.torch_version} {case.diffusers_version}"):
-        return with_all_layers if case.quantization_library == "torchao" else None
+        reached = case.quantization_library == "torchao" and case.settings.get("dtype") != "fp16"
+        return with_all_layers if reached else None
     return with_kept_layers if case.quantization_library == "quanto" else None
 
 
 def with_all_layers(component: ComponentFacts) -> ComponentFacts:
-    """No module is passed by. In fp16 the facts count kept modules at 4 bytes and have to know them."""
-    return component if component.dtype == "fp16" else component.model_copy(update={"keep_in_fp32": ()})
+    """No module is passed by. Facts read in fp16 count kept modules at 4 bytes, which the row's dtype does not."""
+    halved = component.dtype == "fp16" and component.keep_in_fp32
+    leaves = tuple(_halved(leaf) if halved and _is_kept(component, leaf) else leaf for leaf in component.leaves)
+    saved = sum(leaf.bytes for leaf in component.leaves) - sum(leaf.bytes for leaf in leaves)
+    changed = {"keep_in_fp32": (), "leaves": leaves, "weight_bytes": component.weight_bytes - saved}
+    return component.model_copy(update=changed)
+
+
+def _is_kept(component: ComponentFacts, leaf: Leaf) -> bool:
+    return bool(set(component.keep_in_fp32) & set(leaf.path.split(".")))
+
+
+def _halved(leaf: Leaf) -> Leaf:
+    return leaf.model_copy(update={"bytes": leaf.bytes // 2, "linear_weight_bytes": leaf.linear_weight_bytes // 2})
 
 
 def with_kept_layers(component: ComponentFacts) -> ComponentFacts:
     """Modules that the class keeps in fp32 have no weight that may be quantized."""
-    kept = set(component.keep_in_fp32)
-    leaves = tuple(leaf.model_copy(update={"linear_weight_bytes": 0}) if kept & set(leaf.path.split(".")) else leaf
+    leaves = tuple(leaf.model_copy(update={"linear_weight_bytes": 0}) if _is_kept(component, leaf) else leaf
                    for leaf in component.leaves)  # fmt: skip
     return component.model_copy(update={"leaves": leaves})
 

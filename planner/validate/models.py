@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+from planner.models.bundled import find_profile, list_profiles
+
 _PROFILES: tuple[tuple[str, str], ...] = (
     # Order matters: the first pattern that is found names the profile.
     (r"sd-vae-ft-mse|stable-diffusion-v1-[45]\b|\bSD v?1(\.|-|\b)", "stable-diffusion-v1-5"),
@@ -13,6 +15,7 @@ _PROFILES: tuple[tuple[str, str], ...] = (
     (r"stable-diffusion-3-medium", "stable-diffusion-3-medium"),
     (r"FLUX\.1-schnell", "flux.1-schnell"),
     (r"FLUX\.1-dev|FLUX\.1 transformer", "flux.1-dev"),
+    (r"PixArt-XL-2-512", "pixart-alpha-512"),
     (r"PixArt-XL-2|PixArt-alpha$", "pixart-alpha"),
     (r"PixArt-Sigma", "pixart-sigma"),
     (r"CogVideoX-2b", "cogvideox-2b"),
@@ -57,6 +60,19 @@ def profile_name(model: str) -> str | None:
             return profile
     found = _HUB_ID.match(model)
     return found.group(0) if found else None
+
+
+def variant_for(model: str, pipeline_class: str) -> str:
+    """The bundled profile that runs the class with ``model``'s components; ``model`` itself when there is none.
+
+    >>> variant_for("stable-diffusion-v1-5", "StableDiffusionControlNetPipeline")
+    'stable-diffusion-v1-5-controlnet'
+    """
+    own = find_profile(model)
+    if own is None or own.pipeline_class == pipeline_class:
+        return model
+    others = (other for other in list_profiles() if other.name.startswith(own.name) and other.pipeline_class == pipeline_class)
+    return next((other.name for other in others), model)
 
 
 def denoiser_name(pipeline_class: str) -> str:

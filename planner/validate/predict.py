@@ -43,8 +43,9 @@ segments in the ONNX Runtime table at batch 1: 0.96 GiB on a T4 (40 SMs), 1.16 o
 DRIVER_SHARE = 0.015
 """Of the total that NVML reports, what no process can have: torch's out-of-memory messages call a T4 (15360 MiB) 14.76 GiB
 (bupticybee/FastLoRAChat issue 6) and an RTX 4090 (24564 MiB) 23.65 GiB (tloen/llama-int8 issue 7)."""
-_SCHEMES_2024 = {"int8dq": "int8dq_2024"}
-"""Schemes whose kernels were others with torch 2.5 and older: torchao made int8 products of few rows on the host."""
+_SCHEMES_2024 = {"int8dq": "int8dq_2024", "int4wo": "int4wo_2024"}
+"""Schemes whose kernels were others with torch 2.5 and older: torchao made int8 products of few rows on the host, and
+compilers left its int4 kernel alone."""
 
 
 def predictor(*, calibrate: Mode = "never") -> Predict:
