@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import shutil
 from collections.abc import Collection, Iterator, Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from planner.cost.estimate import estimate_of
 from planner.cost.model import CostModel
+from planner.cost.reserved import lacking_bytes
 from planner.errors import NoFeasiblePlan, UnsupportedPipeline, UsageError
 from planner.explain.words import settings_text
 from planner.knobs import knob, normalize, parse_settings, to_python, violations
@@ -17,7 +19,7 @@ from planner.outcome import Outcome, choose, explain_choice
 from planner.plan import FrontierPoint, Plan, SearchCounts, WhatIf
 from planner.search import Candidate, Limits
 from planner.space import Space, build_space, recipe_of
-from planner.types import Alternative, Device, Estimate, KnobValue, Quality, Settings
+from planner.types import Alternative, Device, Estimate, KnobValue, Objective, Quality, Settings
 from planner.units import GIB, format_bytes, format_seconds
 
 if TYPE_CHECKING:
@@ -72,10 +74,26 @@ def _search(traces: Traces, model: CostModel, request: Request,
             barred[name] = barred.get(name, {}) | dict.fromkeys(values, "ruled out after a plan with it did not hold")
         with _blaming_dtype(parse_settings(request.fix or {}).get("dtype"), context):
             space = build_space(context, model, fix=request.fix, calls=request.calls or USUAL_CALLS, host_bytes=host, excluded=barred)
-            chosen = choose(space, request.objective, split_margin=split_margin)
+            chosen = _choose(space, request.objective, split_margin)
             if chosen is not None and _good_enough(space, chosen, margin):
                 break
     return space, chosen
+
+
+def _choose(space: Space, objective: Objective, split_margin: float) -> Candidate | None:
+    """The plan to take, by a model of torch's allocator: one whose tensors fit, but not around the holes they leave, is passed over.
+
+    The limit sinks below each plan passed over, for the ones that need less are all that may be better off.
+    """
+    limits = space.limits
+    while True:
+        chosen = choose(space, objective, split_margin=split_margin)
+        if chosen is None:
+            space.limits = limits
+            return None
+        if not space.lacking_bytes(chosen):
+            return chosen
+        space.limits = replace(limits, bytes=chosen.needed_bytes - 1)
 
 
 Stage = tuple[dict[str, list[KnobValue]], float]
@@ -120,7 +138,9 @@ def settings_estimate(traces: Traces, model: CostModel, settings: Settings, qual
         raise UsageError(f"{name}={value} cannot be used here: {reason} [{source}].")
     full = normalize(settings, context)
     with _blaming_dtype(full["dtype"], context):
-        return estimate_of(model, recipe_of(full, context))
+        recipe = recipe_of(full, context)
+        found = estimate_of(model, recipe)
+        return found.model_copy(update={"fits": found.fits and not lacking_bytes(model, recipe)})
 
 
 @contextlib.contextmanager
@@ -176,9 +196,12 @@ def _nothing_fits(space: Space, model: CostModel, outcome: Outcome) -> NoFeasibl
     changes = {name: value for name, value in leanest.settings.items() if space.baseline.get(name) != value}
     named = settings_text(changes, "the pipeline as it is")
     short = outcome.shortfall_bytes or 0
+    where = f" in {outcome.short_phase}" if outcome.short_phase else ""
     if budget is not None and leanest.needed_bytes > budget:
-        where = f" in {outcome.short_phase}" if outcome.short_phase else ""
         lacks = f"needs {format_bytes(leanest.needed_bytes)}{where}, {format_bytes(short)} more than the budget of {format_bytes(budget)}"
+    elif not short:
+        short = space.lacking_bytes(leanest)
+        lacks = f"needs {format_bytes(leanest.needed_bytes)}{where} and {format_bytes(short)} more for the holes between its blocks"
     else:
         lacks = f"needs {format_bytes(leanest.stock_bytes)} of host memory, {format_bytes(short)} more than there is"
     message = f"nothing fits: the leanest plan ({named}) {lacks}. Lower the batch size or the resolution, free memory{_lossy_hint(space)}."
@@ -194,11 +217,11 @@ def _plan(source: ModelSource, traces: Traces, model: CostModel, request: Reques
         model=source.name, pipeline_class=traces.facts.class_name, digest=source.digest, workload=traces.workload, device=model.device,
         quality=request.quality, objective=request.objective, calls=request.calls, settings=_plain(chosen.settings),
         baseline=dict(space.baseline), predicted=predicted,
-        baseline_predicted=_estimate(model, space, outcome.baseline), alternatives=tuple(alternatives), rejected=outcome.rejected,
+        baseline_predicted=_untouched(model, space, outcome.baseline), alternatives=tuple(alternatives), rejected=outcome.rejected,
         frontier=tuple(_point(space, item) for item in outcome.frontier), binding=outcome.binding, what_if=_more(outcome),
         statements=to_python(_plain(chosen.settings), space.context), batch_argument=traces.facts.batch_argument,
         counts=SearchCounts(candidates=outcome.candidates, evaluated=outcome.evaluated),
-        warnings=tuple(_warnings(model, space, chosen, predicted)), notes=tuple(dict.fromkeys((*source.notes, *traces.notes))),
+        warnings=tuple(_warnings(model, space, chosen, predicted, outcome)), notes=tuple(dict.fromkeys((*source.notes, *traces.notes))),
     )  # fmt: skip
 
 
@@ -212,7 +235,7 @@ def _more(outcome: Outcome) -> WhatIf | None:
     return None if hint is None else WhatIf(extra_bytes=hint.extra_bytes, settings=_plain(hint.candidate.settings), speedup=hint.speedup)
 
 
-def _warnings(model: CostModel, space: Space, chosen: Candidate, predicted: Estimate) -> list[str]:
+def _warnings(model: CostModel, space: Space, chosen: Candidate, predicted: Estimate, outcome: Outcome) -> list[str]:
     found = []
     if int(chosen.settings["batch_split"]) > 1:
         found.append(f"the batch runs in {chosen.settings['batch_split']} calls: use plan.run(pipe, …), not pipe(…)")
@@ -227,6 +250,10 @@ def _warnings(model: CostModel, space: Space, chosen: Candidate, predicted: Esti
     if space.problem.calls == USUAL_CALLS and share > SETUP_NOTICE * predicted.latency_seconds:
         setup = format_seconds(predicted.setup_seconds)
         found.append(f"setting up takes {setup}, weighed against {USUAL_CALLS} calls; say how many: --calls N")
+    hint = outcome.what_if
+    if hint is not None and space.budget_bytes is not None and hint.candidate.needed_bytes <= space.budget_bytes:
+        found.append(f"a plan {hint.speedup:.2f} times as fast would fit but for the holes between its tensors: before starting Python "
+                     "set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True, then plan again")  # fmt: skip
     fallbacks = model.trace_for(space.recipe(_plain(chosen.settings))).fallbacks
     if fallbacks:
         found.append(f"{len(fallbacks)} operations could not be traced exactly: {', '.join(fallbacks[:3])}")
@@ -240,6 +267,11 @@ def _alternative(model: CostModel, space: Space, item: Candidate) -> Alternative
 def _estimate(model: CostModel, space: Space, item: Candidate) -> Estimate:
     """Without the replay of the allocator and the single terms, which only the chosen plan is shown with."""
     return estimate_of(model, space.recipe(_plain(item.settings)), detailed=False).model_copy(update={"terms": ()})
+
+
+def _untouched(model: CostModel, space: Space, item: Candidate) -> Estimate:
+    found = _estimate(model, space, item)
+    return found.model_copy(update={"fits": found.fits and not space.lacking_bytes(item)})
 
 
 def _plain(settings: Mapping[str, Any]) -> dict[str, KnobValue]:

@@ -239,7 +239,11 @@ def _unfit(space: Space, setting: dict[str, KnobValue], count: int) -> Rejection
     leanest = space.solver.leanest(setting, stock_bytes)
     if leanest is not None:
         short, phase = _shortfall(leanest, space.limits), largest_phase(space, leanest)
-        reason = f"needs at least {format_bytes(leanest.needed_bytes)} in {phase}: {format_bytes(short)} short"
+        holes = space.budget_bytes is not None and leanest.needed_bytes <= space.budget_bytes and short > 0
+        if holes:
+            short = max(space.lacking_bytes(leanest), short)
+        what = "short for the holes between its blocks" if holes else "short"
+        reason = f"needs at least {format_bytes(leanest.needed_bytes)} in {phase}: {format_bytes(short)} {what}"
         return Rejection(settings=setting, kind="memory", reason=reason, count=count, shortfall_bytes=short, phase=phase)
     leanest = space.solver.leanest(setting)
     if leanest is not None:
@@ -280,7 +284,10 @@ def _what_if(space: Space, chosen: Candidate) -> WhatIf | None:
             best = found
         else:
             low = middle
-    return WhatIf(best.needed_bytes - space.limits.bytes, best, chosen.cost / best.cost)
+    # A plan that was passed over needs no more than the budget, but room for the holes between its blocks.
+    beyond = best.needed_bytes - space.budget_bytes if space.budget_bytes is not None else 0
+    extra = max(beyond, space.lacking_bytes(best))
+    return WhatIf(extra, best, chosen.cost / best.cost) if extra > 0 else None
 
 
 def _binding(space: Space, chosen: Candidate, hint: WhatIf | None) -> str:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
 
 from planner.cost.model import WEIGHTLESS, CostModel
+from planner.cost.reserved import lacking_bytes
 from planner.cost.residency import vae_mode
 from planner.dryrun.trace import VaeMode
 from planner.errors import UnsupportedPipeline, UsageError
@@ -15,7 +16,7 @@ from planner.knobs import KNOBS, Conflict, Context, Knob, knob, normalize, parse
 from planner.knobs.base import QUALITY_ORDER
 from planner.phases import TRACE, VAE, Pricing, Recipes
 from planner.recipe import Recipe
-from planner.search import Assignment, Axis, Limits, Problem, Rule, Solver, Value
+from planner.search import Assignment, Axis, Candidate, Limits, Problem, Rule, Solver, Value
 from planner.types import KnobValue, Settings
 
 _Table = tuple[tuple[str, ...], dict[tuple[Value, ...], object]]
@@ -60,10 +61,13 @@ class Space:
     model: CostModel
     solver: Solver
     limits: Limits
+    budget_bytes: int | None
+    """The device budget itself; ``limits`` shrink below it where plans near it would not run for want of unbroken memory."""
     fixed: dict[str, KnobValue]
     baseline: dict[str, KnobValue]
     left_out: tuple[tuple[str, KnobValue, str], ...]
     recipes: Recipes
+    _lacking: dict[tuple[tuple[str, Value], ...], int] = field(default_factory=dict)
 
     @property
     def problem(self) -> Problem:
@@ -72,6 +76,12 @@ class Space:
     def recipe(self, settings: Settings) -> Recipe:
         """The recipe of normalized settings."""
         return recipe_of(settings, self.context)
+
+    def lacking_bytes(self, candidate: Candidate) -> int:
+        """What a candidate lacks for the holes between its blocks; 0: nothing."""
+        if candidate.values not in self._lacking:
+            self._lacking[candidate.values] = lacking_bytes(self.model, self.recipe(candidate.settings))
+        return self._lacking[candidate.values]
 
 
 def recipe_of(settings: Settings, context: Context) -> Recipe:
@@ -104,8 +114,8 @@ def build_space(context: Context, model: CostModel, *, fix: Settings | None = No
     pricing = Pricing(model, recipes, calls, _modes(recipes))
     rules += _traced(pricing, recipes) + _vae_rules(pricing, recipes)
     problem = Problem(axes, pricing.phases(), tuple(rules), pricing.stock(), calls, DECIDED_FIRST, recipes.only_changing(WEIGHTLESS))
-    limits = Limits(budget_bytes if budget_bytes is not None else model.device.budget_bytes, host_bytes)
-    return Space(context, model, Solver(problem), limits, fixed, baseline, tuple(left_out), recipes)
+    budget = budget_bytes if budget_bytes is not None else model.device.budget_bytes
+    return Space(context, model, Solver(problem), Limits(budget, host_bytes), budget, fixed, baseline, tuple(left_out), recipes)
 
 
 # -- values ----------------------------------------------------------------------------------------------------------

@@ -12,6 +12,9 @@ from planner.units import GIB, MIB, format_bytes, parse_bytes
 HEADROOM_SHARE = 0.02
 HEADROOM_LEAST_BYTES = 256 * MIB
 CPU_HEADROOM_BYTES = 1 * GIB
+DRIVER_SHARE = 0.015
+"""Of the total that NVML reports, what no process can have: torch's out-of-memory messages call a T4 (15360 MiB) 14.76 GiB
+(bupticybee/FastLoRAChat issue 6) and an RTX 4090 (24564 MiB) 23.65 GiB (tloen/llama-int8 issue 7)."""
 """Assumed: what the rest of the process and the operating system need while a plan runs."""
 
 
@@ -76,11 +79,14 @@ def with_budget(device: Device, memory: int | str | None, pipe: Any = None) -> D
     free = device.free_bytes if device.free_bytes is not None else device.total_bytes
     if device.kind == "cpu":
         budget = free - CPU_HEADROOM_BYTES + _already_there(pipe, "cpu")
-    else:
-        context = default_coefficients(device).context_bytes if device.free_bytes is None else 0
-        headroom = max(int(device.total_bytes * HEADROOM_SHARE), 0 if device.kind == "sim" else HEADROOM_LEAST_BYTES)
-        budget = free - context - headroom + _already_there(pipe, device.kind)
-    return device.model_copy(update={"budget_bytes": max(budget, 1)})
+        return device.model_copy(update={"budget_bytes": max(budget, 1)})
+    here = device.free_bytes is not None
+    context = 0 if here else default_coefficients(device).context_bytes
+    headroom = max(int(device.total_bytes * HEADROOM_SHARE), 0 if device.kind == "sim" else HEADROOM_LEAST_BYTES)
+    budget = free - context - headroom + _already_there(pipe, device.kind)
+    # What is free on a device that is here has lost the driver's share already.
+    left = headroom - (0 if here else int(device.total_bytes * DRIVER_SHARE))
+    return device.model_copy(update={"budget_bytes": max(budget, 1), "headroom_bytes": max(left, 0)})
 
 
 def _already_there(pipe: Any, kind: str) -> int:

@@ -43,7 +43,8 @@ class Device(Frozen):
     """A compute device as the cost model sees it. Peaks are dense (no sparsity), per second.
 
     ``flops_per_second`` is keyed by ``fp32 tf32 fp16 bf16 fp8 int8``; a missing key means the device lacks it.
-    ``budget_bytes`` is what a plan may use (torch allocations, reserved); ``free_bytes`` what is free now.
+    ``budget_bytes`` is what a plan's tensors may take; ``headroom_bytes`` what is left above it for the holes between them;
+    ``free_bytes`` what is free now.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Device(Frozen):
     total_bytes: int
     free_bytes: int | None = None
     budget_bytes: int | None = None
+    headroom_bytes: Annotated[int, Field(ge=0)] = 0
     host_free_bytes: int | None = None
     flops_per_second: dict[str, float]
     bandwidth_bytes_per_second: float

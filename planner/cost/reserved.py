@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -57,6 +58,24 @@ def replayed(model: CostModel, recipe: Recipe, cost: Cost, limit_bytes: int | No
         if state == (run.allocator.reserved_bytes, run.allocator.peak_reserved_bytes):
             break
     return Reserved(run.allocator.peak_reserved_bytes, run.allocator.short_bytes)
+
+
+def lacking_bytes(model: CostModel, recipe: Recipe, cost: Cost | None = None) -> int:
+    """What the allocator lacks, within the budget and its headroom, for a segment of a plan whose tensors alone would fit.
+
+    The holes between blocks in use are too small for it. 0: nothing. Only CUDA's allocator is modelled, and only as it is
+    by default: expandable segments leave no such holes.
+    """
+    device = model.device
+    if device.kind != "cuda" or device.budget_bytes is None or (device.free_bytes is not None and expandable_segments()):
+        return 0
+    return replayed(model, recipe, cost or model.cost(recipe), device.budget_bytes + device.headroom_bytes).short_bytes
+
+
+def expandable_segments() -> bool:
+    """Whether this process's environment asks torch for segments that grow (torch notes/cuda.md, PYTORCH_CUDA_ALLOC_CONF)."""
+    asked = ",".join(os.environ.get(name, "") for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"))
+    return "expandable_segments:true" in asked.lower().replace(" ", "")
 
 
 @dataclass(slots=True)

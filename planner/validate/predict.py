@@ -20,6 +20,7 @@ from planner.knobs.base import Context
 from planner.models import ModelSource, resolve
 from planner.models.layout import Component
 from planner.recipe import Recipe
+from planner.targets import DRIVER_SHARE
 from planner.types import Device, KnobValue, Workload
 from planner.units import MIB
 from planner.validate.case import Case, Prediction
@@ -40,9 +41,6 @@ _SCHEMES = {
 OLD_CONTEXT_BYTES, OLD_CONTEXT_BYTES_PER_SM = 700 * MIB, 15 * MIB // 2
 """CUDA 11 with cuDNN 8, whose kernels are all loaded, and stacks per multiprocessor. Fitted on what NVML showed above torch's
 segments in the ONNX Runtime table at batch 1: 0.96 GiB on a T4 (40 SMs), 1.16 on an RTX 3060 (28), 1.5 on an A100 (108)."""
-DRIVER_SHARE = 0.015
-"""Of the total that NVML reports, what no process can have: torch's out-of-memory messages call a T4 (15360 MiB) 14.76 GiB
-(bupticybee/FastLoRAChat issue 6) and an RTX 4090 (24564 MiB) 23.65 GiB (tloen/llama-int8 issue 7)."""
 _SCHEMES_2024 = {"int8dq": "int8dq_2024", "int4wo": "int4wo_2024"}
 """Schemes whose kernels were others with torch 2.5 and older: torchao made int8 products of few rows on the host, and
 compilers left its int4 kernel alone."""
