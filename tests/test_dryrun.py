@@ -20,6 +20,7 @@ from planner.dryrun.session import Session
 from planner.dryrun.trace import VaeMode
 from planner.errors import UnsupportedPipeline, UsageError
 from planner.types import Workload
+from tests import sim
 from tests.zoo import FAMILIES, Case
 
 
@@ -93,12 +94,29 @@ def half(pipe: Any) -> None:
     pipe.to(torch.bfloat16)
 
 
+def elsewhere(pipe: Any) -> None:
+    pipe.to(sim.load())
+
+
+def model_offloaded(pipe: Any) -> None:
+    pipe.enable_model_cpu_offload(device=sim.load())
+
+
+def sequentially_offloaded(pipe: Any) -> None:
+    pipe.enable_sequential_cpu_offload(device=sim.load())
+
+
+def group_offloaded_elsewhere(pipe: Any) -> None:
+    pipe.enable_group_offload(onload_device=sim.load(), offload_type="block_level", num_blocks_per_group=1)
+
+
 def _must_not_run(*args: Any) -> None:
     raise AssertionError("a user's hook ran during the dry run")
 
 
 STATES: tuple[Callable[[Any], None], ...] = (
     offloaded, group_offloaded, quantized, adapted, compiled, compiled_in_place, hooked, cast_by_layer, half)  # fmt: skip
+ON_A_DEVICE: tuple[Callable[[Any], None], ...] = (elsewhere, model_offloaded, sequentially_offloaded, group_offloaded_elsewhere)
 
 
 def state_of(pipe: Any) -> Iterator[Any]:
@@ -143,6 +161,26 @@ def test_a_live_pipeline_in_any_state_is_traced_without_being_touched(prepare: C
         assert [c.total_flops for c in trace.calls] == [c.total_flops for c in plain.calls]
     else:
         assert trace.calls[1].total_flops > plain.calls[1].total_flops
+
+
+@pytest.mark.parametrize("prepare", ON_A_DEVICE, ids=lambda state: state.__name__)
+def test_a_pipeline_on_a_device_is_traced_without_copying_a_weight(prepare: Callable[[Any], None]) -> None:
+    """Where its weights are, or where hooks bring them for a call, makes no difference to the trace."""
+    case, pipe = family("sd15")
+    plain = DryRun(pipe, Workload(), case.inputs(pipe)).trace()
+    with sim.active() as memory:
+        prepare(pipe)
+        before, numbers = list(state_of(pipe)), random_states()
+        counters, copied_bytes = (memory.used_bytes, memory.h2d_bytes, memory.allocations), memory.d2h_bytes
+        trace = DryRun(pipe, Workload(), case.inputs(pipe)).trace()
+        assert (memory.used_bytes, memory.h2d_bytes, memory.allocations) == counters
+        tables = {id(t): t.nbytes for m in components(pipe).values() for t in m.buffers() if not t.is_floating_point()}
+        assert memory.d2h_bytes - copied_bytes <= sum(tables.values())  # positions: integers whose values a trace needs
+        assert list(state_of(pipe)) == before
+        assert random_states() == numbers
+        assert [trace.calls[event.call].name for event in trace.events] == [plain.calls[event.call].name for event in plain.events]
+        assert [call.total_flops for call in trace.calls] == [call.total_flops for call in plain.calls]
+        del pipe, before
 
 
 def test_weights_count_as_they_are_stored() -> None:
