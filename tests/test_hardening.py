@@ -9,6 +9,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from planner import Plan
+from planner.calibrate.store import Store
 from planner.dryrun import store
 from planner.dryrun.trace import from_arrays
 from planner.errors import ApplyError, PlannerError
@@ -228,6 +230,40 @@ def test_a_disk_that_fills_up_while_traces_are_written_costs_only_the_cache(tmp_
     assert not list(tmp_path.rglob("*.tmp"))
     output, errors = explain(tmp_path).communicate(timeout=300)
     assert output == full.stdout, errors
+
+
+@pytest.mark.slow
+def test_a_process_killed_while_planning_leaves_a_cache_that_works(tmp_path: Path) -> None:
+    killed = explain(tmp_path)
+    deadline = time.monotonic() + 120
+    while not list(tmp_path.glob("traces/*")) and time.monotonic() < deadline:  # the first file, whole or half
+        time.sleep(0.002)
+    killed.kill()
+    killed.communicate(timeout=60)
+    assert list(tmp_path.glob("traces/*")), "killed before it wrote anything"
+    left = tmp_path / "traces" / ".left.0123456789ab.tmp"
+    left.write_bytes(b"half")
+    os.utime(left, (0, 0))
+    again = explain(tmp_path)
+    output, errors = again.communicate(timeout=300)
+    assert again.returncode == 0, errors
+    assert json.loads(output)["settings"]
+    assert "is not used" not in errors, "no file is half there"
+    assert not left.exists(), "what was left half written long ago is gone"
+
+
+@pytest.mark.slow
+def test_two_processes_calibrating_while_one_plans_lose_nothing(tmp_path: Path) -> None:
+    variables = {**os.environ, "PLANNER_CACHE_DIR": str(tmp_path)}
+    command = [sys.executable, "-m", "planner", "calibrate", "--quick", "--device", "cpu", "--json"]
+    both = [subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for _ in range(2)]
+    planning = explain(tmp_path)
+    for process in (*both, planning):
+        _, errors = process.communicate(timeout=500)
+        assert process.returncode == 0, errors
+    (stored,) = Store(tmp_path / "calibration").show()
+    assert len(stored.runs) == 2
+    assert not [path for path in tmp_path.rglob("*") if path.suffix in (".tmp", ".bad")]
 
 
 @pytest.mark.slow

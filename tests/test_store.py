@@ -232,6 +232,35 @@ def test_a_process_killed_while_writing_leaves_a_whole_file_and_no_lock(here: St
     assert not list(here.directory.glob("*.bad"))
 
 
+FILLED = """
+import resource, sys
+from pathlib import Path
+from planner.calibrate.identity import DeviceKey
+from planner.calibrate.samples import Sample
+from planner.calibrate.store import Store
+store, key = Store(Path(sys.argv[1])), DeviceKey.model_validate_json(sys.argv[2])
+room = store.path(key).stat().st_size + 300
+resource.setrlimit(resource.RLIMIT_FSIZE, (room, room))
+for number in range(100):
+    store.add_samples(key, [Sample(signature=f"{number}", threads=1, repetitions=(1.0,))])
+print(len(store.load(key).samples))
+"""
+
+
+@pytest.mark.slow
+def test_a_disk_that_fills_up_in_the_middle_of_a_write_loses_nothing_that_was_stored(here: Store) -> None:
+    """A limit on file sizes is what a process sees of a full disk: writing stops in the middle of a file."""
+    here.add_run(KEY, run())
+    command = [sys.executable, "-c", FILLED, str(here.directory), KEY.model_dump_json()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout) == (0, "100\n"), done.stderr
+    assert done.stderr.count("not kept") == 1
+    after = Store(here.directory).load(KEY)
+    assert after.runs == (run(),)
+    assert 0 < len(after.samples) < 100, "what was written before the disk was full is there"
+    assert sorted(path.suffix for path in here.directory.iterdir()) == [".json", ".lock"]
+
+
 @contextmanager
 def unprivileged() -> Iterator[None]:
     """Root writes anywhere: be nobody for a while."""
