@@ -12,7 +12,7 @@ from planner.cost.estimate import estimate_of
 from planner.cost.model import CostModel
 from planner.cost.reserved import lacking_bytes
 from planner.errors import NoFeasiblePlan, UnsupportedPipeline, UsageError
-from planner.explain.words import settings_text
+from planner.explain.words import difference, settings_text
 from planner.knobs import knob, normalize, parse_settings, to_python, violations
 from planner.knobs.base import Context
 from planner.outcome import Outcome, choose, explain_choice
@@ -218,7 +218,9 @@ def _plan(source: ModelSource, traces: Traces, model: CostModel, request: Reques
         quality=request.quality, objective=request.objective, calls=request.calls, settings=_plain(chosen.settings),
         baseline=dict(space.baseline), predicted=predicted,
         baseline_predicted=_untouched(model, space, outcome.baseline), alternatives=tuple(alternatives), rejected=outcome.rejected,
-        frontier=tuple(_point(space, item) for item in outcome.frontier), binding=outcome.binding, what_if=_more(outcome),
+        frontier=tuple(_point(space, item) for item in outcome.frontier),
+        candidates=tuple(_apart(_point(space, item), chosen.settings) for item in outcome.priced),
+        binding=outcome.binding, what_if=_more(outcome),
         statements=to_python(_plain(chosen.settings), space.context), batch_argument=traces.facts.batch_argument,
         counts=SearchCounts(candidates=outcome.candidates, evaluated=outcome.evaluated),
         warnings=tuple(_warnings(model, space, chosen, predicted, outcome)), notes=tuple(dict.fromkeys((*source.notes, *traces.notes))),
@@ -228,6 +230,11 @@ def _plan(source: ModelSource, traces: Traces, model: CostModel, request: Reques
 def _point(space: Space, item: Candidate) -> FrontierPoint:
     return FrontierPoint(peak_allocated_bytes=item.needed_bytes, latency_seconds=item.nanoseconds / 1e9,
                          settings=_plain(item.settings), fits=item.fits(space.limits))  # fmt: skip
+
+
+def _apart(point: FrontierPoint, settings: Mapping[str, Any]) -> FrontierPoint:
+    """The point with only those settings that are others than the plan's."""
+    return point.model_copy(update={"settings": difference(point.settings, settings)})
 
 
 def _more(outcome: Outcome) -> WhatIf | None:

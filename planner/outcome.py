@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import chain, combinations
 
 from planner.knobs import defaults, knob, violations
 from planner.knobs.attention import BACKENDS
@@ -50,6 +51,8 @@ WORDS: dict[str, tuple[KnobValue, ...]] = {
 FRONTIER_POINTS = 16
 FRONTIER_STEP = 0.97
 """Neighbouring points of a frontier differ by at least 3 % of memory."""
+PRICED_CHANGES = 3
+"""Departures in which the candidates of a picture may differ from the plan."""
 RESOLUTION_BYTES = 16 << 20
 
 
@@ -82,6 +85,7 @@ class Outcome:
     what_if: WhatIf | None
     candidates: int
     evaluated: int
+    priced: tuple[Candidate, ...]
 
 
 def baseline(space: Space) -> Candidate:
@@ -158,6 +162,7 @@ def explain_choice(space: Space, chosen: Candidate | None) -> Outcome:
         hint,
         space.problem.size,
         solver.evaluations,
+        _priced(space, chosen) if chosen is not None else (),
     )
 
 
@@ -266,6 +271,17 @@ def frontier(space: Space) -> tuple[Candidate, ...]:
         points.append(point)
         budget = min(point.needed_bytes - 1, int(point.needed_bytes * FRONTIER_STEP))
     return tuple(points)
+
+
+def _priced(space: Space, chosen: Candidate) -> tuple[Candidate, ...]:
+    """Everything that was priced in full, and what departs from the plan in up to three major knobs; by cost."""
+    others = [(name, value) for name in MAJOR for value in space.problem.values(name) if value != chosen.settings[name]]
+    for changes in chain.from_iterable(combinations(others, count) for count in range(1, PRICED_CHANGES + 1)):
+        changed = {**chosen.settings, **dict(changes)}
+        settled = {name: knob(name).settle(value, changed, space.context) for name, value in changed.items()}
+        if all(value in space.problem.values(name) for name, value in settled.items()) and space.solver.refusal(settled) is None:
+            space.solver.evaluate(settled)
+    return tuple(sorted(space.solver.priced.values(), key=lambda each: each.rank))
 
 
 def _what_if(space: Space, chosen: Candidate) -> WhatIf | None:

@@ -21,7 +21,7 @@ LARGEST_NUMBER = 1e30
 
 
 class FrontierPoint(Frozen):
-    """One point of the memory-latency frontier: no candidate needs less of both."""
+    """A combination by what it needs. On the frontier no other needs less of both."""
 
     peak_allocated_bytes: int
     latency_seconds: float
@@ -68,6 +68,8 @@ class Plan(Frozen):
     alternatives: tuple[Alternative, ...] = ()
     rejected: tuple[Rejection, ...] = ()
     frontier: tuple[FrontierPoint, ...] = ()
+    candidates: tuple[FrontierPoint, ...] = ()
+    """Combinations that were priced in full, fitting or not, by the settings in which they differ from the plan."""
     binding: str | None = None
     what_if: WhatIf | None = None
     counts: SearchCounts | None = None

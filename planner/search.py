@@ -209,6 +209,8 @@ class Solver:
     _stock_depth: int = field(init=False)
     _index: dict[str, dict[Value, int]] = field(init=False)
     _place: dict[str, int] = field(init=False)
+    priced: dict[tuple[int, ...], Candidate] = field(default_factory=dict)
+    """Every assignment that was priced in full, by the indices of its values."""
     _prices: dict[object, Demand] = field(default_factory=dict)
     _floors: dict[object, Demand] = field(default_factory=dict)
     _menus: dict[object, list[_Option]] = field(default_factory=dict)
@@ -257,7 +259,9 @@ class Solver:
         rank = (sum(self.problem.cost(d) for d in demands), sum(index > 0 for index in indices), indices)
         stock = self.problem.stock.bytes(assignment) if self.problem.stock else 0
         values = tuple((axis.name, assignment[axis.name]) for axis in self.problem.axes)
-        return Candidate(values, demands, needed_bytes(self.problem.phases, demands), stock, time, setup, rank)
+        found = Candidate(values, demands, needed_bytes(self.problem.phases, demands), stock, time, setup, rank)
+        self.priced[indices] = found
+        return found
 
     def refusal(self, assignment: Assignment) -> tuple[Rule, str] | None:
         """The first rule that forbids a full assignment, and its reason."""
