@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import html.parser
 import json
+import math
 import re
 import shutil
 import subprocess
@@ -195,6 +196,61 @@ def test_layers_add_up_to_the_peak() -> None:
     assert sum(charts.layers(one).values()) == one.peak_allocated_bytes
 
 
+def shapes(picture: str, tag: str) -> list[dict[str, str]]:
+    """Attributes of every element of one kind in an SVG."""
+    return [dict(re.findall(r'([\w-]+)="([^"]*)"', inner)) for inner in re.findall(rf"<{tag} ([^>]*)>", picture)]
+
+
+def test_timeline_has_the_plans_bytes_and_seconds() -> None:
+    """Heights are as bytes: 9 layers of three phases, all on one scale with the budget; the key names the layers of the peak."""
+    plan = offloaded()
+    picture = charts.timeline(plan.predicted, plan.device.budget_bytes)
+    drawn = [(float(one["height"]), one["fill"]) for one in shapes(picture, "rect")]
+    wanted = [(size, f"var(--{name})") for each in plan.predicted.phases for name, size in charts.layers(each).items() if size]
+    assert [fill for _, fill in drawn] == [fill for _, fill in wanted]
+    floor = charts.HEIGHT - charts.BOTTOM
+    budget = next(float(one["y1"]) for one in shapes(picture, "line") if one["stroke"] == "var(--budget)")
+    scale = (floor - budget) / CARD.budget_bytes
+    assert [height for height, _ in drawn] == pytest.approx([size * scale for size, _ in wanted], abs=0.11)
+    for text in ("weights 0.20 GiB", "activations 7.00 GiB", "workspace 2.00 GiB", ">100 s<", ">unet<", "budget 11.20 GiB"):
+        assert text in picture
+
+
+def test_scatter_has_every_candidate_where_it_belongs() -> None:
+    """Upwards as bytes, to the right as the logarithm of seconds; the chosen plan last, and in a colour of its own."""
+    plan = offloaded()
+    picture = charts.scatter(plan)
+    dots = [(float(one["cx"]), float(one["cy"]), one["fill"]) for one in shapes(picture, "circle")]
+    points = [(each.latency_seconds, each.peak_allocated_bytes) for each in plan.candidates]
+    points += [(each.predicted.latency_seconds, each.predicted.peak_allocated_bytes) for each in plan.alternatives]
+    points += [(each.latency_seconds, each.peak_allocated_bytes) for each in plan.frontier]
+    points.append((plan.predicted.latency_seconds, plan.predicted.peak_allocated_bytes))
+    assert len(dots) == len(points)
+    (x1, y1, _), (x2, y2, _) = dots[0], dots[1]
+    across, up = (x2 - x1) / math.log(150 / 109), (y2 - y1) / (points[1][1] - points[0][1])
+    for (x, y, _), (seconds, size) in zip(dots, points, strict=True):
+        assert x == pytest.approx(x1 + across * math.log(seconds / 109), abs=0.3)
+        assert y == pytest.approx(y1 + up * (size - points[0][1]), abs=0.3)
+    colours = ["budget", "launch", *["launch"] * 4, *["weights"] * 3, "chosen"]
+    assert [fill for *_, fill in dots] == [f"var(--{colour})" for colour in colours]
+    assert "attention=sliced</title>" in picture
+    assert "offload=none: does not fit</title>" in picture
+
+
+def test_frontier_is_a_staircase() -> None:
+    """From 109 s and 12.9 GiB: nothing is gained before 112 s, there 9.2 GiB are enough, at 240 s 4.0."""
+    wanted = [(109.0, 12.9), (112.0, 12.9), (112.0, 9.2), (240.0, 9.2), (240.0, 4.0)]
+    assert [(seconds, round(size / GIB, 3)) for seconds, size in charts.staircase(offloaded())] == wanted
+
+
+def test_time_bars_are_as_long_as_the_phases_take() -> None:
+    """100, 11.5 and 0.05 s: the longest fills the width, the second is 11.5 % of it, the shortest is still seen."""
+    widths = [float(one["width"]) for one in shapes(charts.time_bars(offloaded().predicted), "rect")]
+    assert widths == pytest.approx([charts.WIDTH - 4, 0.115 * (charts.WIDTH - 4), 1], abs=0.1)
+    assert "100 s, 90 %" in charts.time_bars(offloaded().predicted)
+    assert "ms, under 1 %" in charts.time_bars(offloaded().predicted)
+
+
 @given(st.lists(st.floats(0, 1e6), min_size=1, max_size=40))
 def test_columns_are_visible_and_fill_the_width(seconds: list[float]) -> None:
     shares = charts.visible_shares(seconds)
@@ -220,8 +276,9 @@ def in_browser(page: str, folder: Path, *options: str) -> tuple[dict[str, object
     """What a headless Chromium makes of a page: the probe's answer, and its log."""
     path = folder / "page.html"
     path.write_text(page.replace("</body>", PROBE + "</body>"), encoding="utf-8")
-    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", f"--user-data-dir={folder / 'profile'}",
-               "--enable-logging=stderr", *options, "--dump-dom", path.as_uri()]  # fmt: skip
+    quiet = ("--disable-quic", "--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync")
+    command = [CHROMIUM, "--headless", "--no-sandbox", "--disable-gpu", *quiet, "--hide-scrollbars",
+               f"--user-data-dir={folder / 'profile'}", "--enable-logging=stderr", *options, "--dump-dom", path.as_uri()]  # fmt: skip
     done = subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=120, check=True)
     answer = re.search(r"PROBE(\{.*?\})END", done.stdout)
     assert answer is not None
@@ -249,6 +306,15 @@ def test_page_in_a_browser(options: tuple[str, ...], ground: str, tmp_path: Path
     assert found["ink"] != ground
     assert len(found["charts"]) == 3  # type: ignore[arg-type]
     assert min(found["charts"]) > 250  # type: ignore[type-var]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(CHROMIUM is None, reason="no Chromium is installed: apt-get install chromium")
+@pytest.mark.parametrize("page", [report.page(crowded()), report.page(untouched()), render_html(())], ids=["crowded", "untouched", "table"])
+def test_other_pages_on_a_phone(page: str, tmp_path: Path) -> None:
+    found, log = in_browser(page, tmp_path, "--window-size=390,844")
+    assert "CONSOLE" not in log
+    assert found["wide"] == 0, "the page is wider than the screen"
 
 
 # -- figure -----------------------------------------------------------------------------------------------------------

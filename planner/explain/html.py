@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from planner.explain import charts, words
 from planner.explain.page import SEARCH, document, escape, scoped, table
-from planner.explain.text import measured_text
+from planner.explain.text import UNSURE, measured_text
 from planner.types import Phase
 from planner.units import format_bytes, format_seconds
 
@@ -99,7 +99,8 @@ def _others(plan: Plan) -> str:
         sizes = (format_bytes(item.predicted.peak_allocated_bytes), format_seconds(item.predicted.latency_seconds))
         rows.append((setting, *sizes, words.why_lost(item.predicted, plan.predicted)))
     head = ("set differently", "peak", "one call", "against the plan")
-    return _section("What else would fit", SEARCH + table(head, rows, frozenset({1, 2})))
+    note = f"<p class='soft caption'>{UNSURE[0].upper()}{UNSURE[1:]}.</p>"
+    return _section("What else would fit", SEARCH + table(head, rows, frozenset({1, 2})) + note)
 
 
 def _rejected(plan: Plan) -> str:

@@ -25,7 +25,7 @@ box-sizing:border-box}
 .planner .grid{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,340px),1fr));gap:12px}
 .planner section{background:var(--panel);border:1px solid var(--line);border-radius:6px;padding:12px;margin:0 0 12px;min-width:0}
 .planner svg{width:100%;height:auto;display:block}
-.planner svg text{fill:var(--ink);font:14px system-ui,sans-serif}
+.planner svg text{fill:var(--ink);font:14px system-ui,sans-serif;paint-order:stroke;stroke:var(--panel);stroke-width:3px}
 .planner svg text.soft{fill:var(--soft)}
 .planner .scroll{overflow-x:auto;max-height:70vh}
 .planner table{border-collapse:collapse;width:100%;font-size:.9em}
@@ -34,6 +34,7 @@ box-sizing:border-box}
 .planner tr.lost{color:var(--soft)}
 .planner input{width:100%;padding:6px 8px;margin:0 0 8px;border:1px solid var(--line);border-radius:6px;background:var(--ground);
 color:var(--ink);font:inherit}
+.planner .caption{font-size:.85em}
 .planner .key{display:flex;flex-wrap:wrap;gap:4px 14px;font-size:.85em;color:var(--soft);margin-top:6px}
 .planner .key i{display:inline-block;width:10px;height:10px;border-radius:2px;margin-right:5px}
 """.strip()

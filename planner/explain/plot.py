@@ -51,13 +51,14 @@ def _timeline(axis: Any, plan: Plan) -> None:
 
 
 def _scatter(axis: Any, plan: Plan) -> None:
-    edge = sorted((point.latency_seconds, point.peak_allocated_bytes / GIB) for point in plan.frontier)
-    axis.plot([x for x, _ in edge], [y for _, y in edge], "o-", markersize=3, label="frontier")
-    others = [item.predicted for item in plan.alternatives]
-    seconds, sizes = [item.latency_seconds for item in others], [item.peak_allocated_bytes / GIB for item in others]
-    axis.scatter(seconds, sizes, s=10, label="alternatives")
+    edge = charts.staircase(plan)
+    axis.plot([x for x, _ in edge], [y / GIB for _, y in edge], linewidth=1.5, color="C0", label="frontier")
+    for fits, colour, label in ((True, "0.5", "fits"), (False, "red", "does not fit")):
+        found = [point for point in plan.candidates if point.fits is fits]
+        sizes = [point.peak_allocated_bytes / GIB for point in found]
+        axis.scatter([point.latency_seconds for point in found], sizes, s=10, color=colour, label=label)
     chosen = plan.predicted
-    axis.scatter([chosen.latency_seconds], [chosen.peak_allocated_bytes / GIB], s=60, marker="*", label="chosen")
+    axis.scatter([chosen.latency_seconds], [chosen.peak_allocated_bytes / GIB], s=60, marker="*", color="green", zorder=3, label="chosen")
     _budget(axis, plan)
     axis.set(xlabel="seconds of one call", ylabel="GiB", title="memory against latency")
     axis.legend(fontsize=7)

@@ -85,6 +85,10 @@ def offloaded() -> Plan:
             FrontierPoint(peak_allocated_bytes=gib(peak), latency_seconds=time, settings=BASELINE | {"offload": offload}, fits=peak < 11.2)
             for peak, time, offload in ((12.9, 109.0, "none"), (9.2, 112.0, "model"), (4.0, 240.0, "sequential"))
         ),
+        candidates=(
+            FrontierPoint(peak_allocated_bytes=gib(12.9), latency_seconds=109.0, settings={"offload": "none"}, fits=False),
+            FrontierPoint(peak_allocated_bytes=gib(10.0), latency_seconds=150.0, settings={"attention": "sliced"}, fits=True),
+        ),
         binding="memory: with 1.70 GiB more in vae.decode, the weights could stay on the device",
         what_if=WhatIf(extra_bytes=gib(1.7), settings=BASELINE | {"vae_slicing": True}, speedup=1.03),
         counts=SearchCounts(candidates=2304, evaluated=61),
