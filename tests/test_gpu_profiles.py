@@ -177,8 +177,14 @@ def test_an_unknown_name_is_refused_and_never_taken_for_a_near_one(asked):
 def test_the_refusal_lists_the_nearest_names():
     with pytest.raises(HardwareError, match=r"Nearest: .*NVIDIA GeForce RTX 4090"):
         find_gpu("RTX 4091")
+    with pytest.raises(HardwareError, match=r"Nearest: NVIDIA GeForce RTX 3060, "):
+        find_gpu("3060")
     with pytest.raises(HardwareError, match="No name is near it"):
         find_gpu("Voodoo")
+
+
+def test_spaces_do_not_matter():
+    assert find_gpu("rtx3060")[0].name == find_gpu("RTX 3060")[0].name
 
 
 @given(st.sampled_from(GPUS), st.sampled_from([str.upper, str.lower, str.title]), st.booleans())

@@ -177,17 +177,17 @@ def load_gpus(folder: Path | None = None) -> tuple[GpuProfile, ...]:
 
 
 def _normalise(name: str) -> str:
-    """Lower case, single spaces, no vendor words: ``NVIDIA GeForce RTX 3060`` and ``rtx 3060`` are one name."""
+    """Lower case, no spaces, no vendor words: ``NVIDIA GeForce RTX 3060``, ``rtx 3060`` and ``rtx3060`` are one name."""
     words = name.lower().replace("_", " ").split()
     while words and words[0] in ("nvidia", "geforce"):
         words = words[1:]
-    return " ".join(words)
+    return "".join(words)
 
 
 def find_gpu(name: str) -> tuple[GpuProfile, str | None]:
     """The GPU of that NVML name, alias or family, and a note when the name left a choice.
 
-    Exact up to case and the words "NVIDIA" and "GeForce"; nothing is ever matched by part of its name.
+    Exact up to case, spaces and the words "NVIDIA" and "GeForce"; nothing is ever matched by part of its name.
 
     Raises:
         HardwareError: unknown; the message lists the nearest names.
@@ -213,9 +213,12 @@ def _choice_note(name: str, chosen: GpuProfile, gpus: tuple[GpuProfile, ...]) ->
 
 
 def _unknown_message(name: str, wanted: str, gpus: tuple[GpuProfile, ...]) -> str:
-    spellings = {_normalise(text): gpu.name for gpu in gpus for text in (gpu.name, *gpu.aliases, *gpu.commonest_of, gpu.family)}
-    close = difflib.get_close_matches(wanted, spellings, n=6, cutoff=0.5)
-    nearest = list(dict.fromkeys(spellings[key] for key in close))
+    spellings = {_normalise(gpu.family): gpu.name for gpu in gpus}
+    spellings |= {_normalise(text): gpu.name for gpu in gpus for text in (gpu.name, *gpu.aliases, *gpu.commonest_of)}
+    number = "".join(letter for letter in wanted if letter.isdigit())
+    alike = [key for key in spellings if len(number) > 1 and number in key]
+    close = [*sorted(alike, key=len), *difflib.get_close_matches(wanted, spellings, n=6, cutoff=0.5)]
+    nearest = list(dict.fromkeys(spellings[key] for key in close))[:6]
     hint = f"Nearest: {', '.join(nearest)}." if nearest else "No name is near it."
     return f"GPU {name!r} is not among the {len(gpus)} known ones. {hint} `planner profiles` lists all."
 
