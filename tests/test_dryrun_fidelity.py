@@ -23,7 +23,8 @@ SAME = (
 )  # fmt: skip
 """Not here: Qwen-Image (keeps its frequencies in a plain attribute that a real CPU run need not copy, and a device must) and
 Z-Image (makes a table in its first call only): their FLOPs are compared below, their bytes per call differ by that table."""
-FLOPS_ONLY = ("qwen_image", "z_image", "chroma", "cogview3", "sdxl_controlnet", "lcm", "gligen", "allegro", "marigold_depth")
+FLOPS_ONLY = ("qwen_image", "z_image", "chroma", "cogview3", "sdxl_controlnet", "lcm", "gligen", "allegro", "marigold_depth",
+              "diffusion_gemma")  # fmt: skip
 MOVES = {"clone", "copy_", "_to_copy", "contiguous", "scalar_tensor"}
 
 

@@ -79,5 +79,8 @@ REFUSED: dict[tuple[str, str], Refusal] = {
     ("musicldm", "model"): OLD_SIGNATURE,
     ("unidiffuser", "model"): NO_HOOK,
     ("ldm_superres", "model"): NO_SEQUENCE,
+    ("diffusion_gemma", "model"): NO_SEQUENCE,
+    ("diffusion_gemma", "sequential"): OUTSIDE_FORWARD,
+    **{("diffusion_gemma", strategy): DECODE for strategy in GROUPS},
     ("ldm_superres", "sequential"): OWN_DEVICE,
 }

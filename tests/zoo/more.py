@@ -7,6 +7,7 @@ from typing import Any
 
 import diffusers as df
 import torch
+import transformers as tf
 
 from .case import call, family, image_call
 from .image_dit import flux_parts
@@ -22,6 +23,7 @@ from .text import (
     clip_text_projected,
     clip_tokenizer,
     clip_vision,
+    decoder_config,
     qwen3_model,
     qwen25_vl,
     qwen_tokenizer,
@@ -180,3 +182,18 @@ def text_to_video_sd() -> Any:
         attention_head_dim=4, down_block_types=("CrossAttnDownBlock3D", "DownBlock3D"),
         up_block_types=("UpBlock3D", "CrossAttnUpBlock3D"))  # fmt: skip
     return df.TextToVideoSDPipeline(**without(sd_parts(unet=model), *PLAIN))
+
+
+@family("other", {"prompt": "Name a color.", "gen_length": 16, "num_inference_steps": 3, "temperature": 0.0, "eos_early_stop": False,
+                  "output_type": "seq"}, output="sequences")  # fmt: skip
+def diffusion_gemma() -> Any:
+    """Text, block by block: the encoder fills a cache of keys and values that the pipeline hands to every decoder call."""
+    text = {**decoder_config(layers=2), "global_head_dim": 8, "num_experts": 4, "top_k_experts": 2, "moe_intermediate_size": 16,
+            "sliding_window": 16}  # fmt: skip
+    picture_encoder = {"hidden_size": WIDTH, "intermediate_size": 37, "num_hidden_layers": 1, "num_attention_heads": 4,
+                       "num_key_value_heads": 4, "head_dim": 8, "patch_size": 8}  # fmt: skip
+    config = tf.DiffusionGemmaConfig(text_config=text, vision_config=picture_encoder, canvas_length=8)
+    config._experts_implementation = "batched_mm"  # the default's histogram takes other types on a CPU than elsewhere
+    return df.DiffusionGemmaPipeline(
+        model=tf.DiffusionGemmaForBlockDiffusion(config), scheduler=df.BlockRefinementScheduler(), processor=qwen_tokenizer()
+    )
