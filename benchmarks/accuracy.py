@@ -17,6 +17,15 @@ from planner.validate.stats import percentile, statistics
 
 ROOT = Path(__file__).resolve().parent.parent
 TABLES = (ROOT / "calibration/published/published.csv", ROOT / "calibration/published/torch2_table.csv")
+UNSEEN = ROOT / "calibration/published/unseen.csv"
+FIRST = {
+    "it_per_s": ["33", "19.9", "75.7", "30.4", "4.5", "61"],
+    "latency_s": ["210", "12.1", "44.5", "18.5", "-4.6", "74"],
+    "peak_allocated_gb": ["77", "5.3", "15.1", "8.7", "-3.1", "55"],
+    "peak_reserved_gb": ["90", "14.6", "58.9", "22.8", "14.0", "26"],
+    "peak_unknown_gb": ["15", "2.9", "14.2", "5.1", "-0.6", "87"],
+}
+"""What was predicted of that table before anything was changed because of it (commit 111365c)."""
 MEMORY = ("peak_allocated_gb", "peak_reserved_gb", "nvidia_smi_gb", "peak_unknown_gb", "peak_pct_gpu", "oom")
 LATENCY = ("latency_s", "it_per_s")
 TARGETS = {
@@ -48,12 +57,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if chosen.memory or chosen.latency or chosen.rows:
         sys.stdout.write("\n".join([*_rows(report.rows), *_metrics(report), *_decisions(report)]) + "\n")
         return 0
-    (ROOT / "docs/accuracy.md").write_text(page(report), encoding="utf-8")
+    unseen = validate(read_table(UNSEEN), predictor())
+    (ROOT / "docs/accuracy.md").write_text(page(report, unseen), encoding="utf-8")
     plot(report, ROOT / "docs/accuracy.png")
     return 0
 
 
-def page(report: Report) -> str:
+def page(report: Report, unseen: Report) -> str:
     """The whole page in Markdown."""
     expressed = sum(result.expressed for result in report.rows)
     lines = [
@@ -101,8 +111,41 @@ def page(report: Report) -> str:
         "## Rows that are not expressed",
         "",
         *_refused(report),
+        "",
+        *_unseen(unseen),
     ]
     return "\n".join(lines) + "\n"
+
+
+def _unseen(report: Report) -> list[str]:
+    """The table that was collected after the fit, as first predicted and as predicted now."""
+    return [
+        "## Tables not used for fitting",
+        "",
+        f"`unseen.csv` was collected when the model stood: {len(report.rows)} rows from 18 further sources. Its first prediction is what a",
+        "table that nobody here knows can expect; then mechanisms that it showed to be missing were added, so that the numbers of",
+        "today are no longer blind. Only the shares of compute capability 6 are fitted on its rows, on eight of them.",
+        "",
+        "### As first predicted",
+        "",
+        *_table(list(FIRST), list(FIRST.values())),
+        "",
+        "### Now",
+        "",
+        *_metrics(report),
+        "",
+        *_table(list(report.by_source), [_numbers(s) for s in report.by_source.values()]),
+        "",
+        *_decisions(report),
+        "",
+        f"### The {WORST} largest errors",
+        "",
+        *_rows(sorted((r for r in report.rows if r.error is not None), key=lambda r: -abs(r.error or 0))[:WORST]),
+        "",
+        "### Rows that are not expressed",
+        "",
+        *_refused(report),
+    ]
 
 
 def _percent(value: float | None) -> str:

@@ -38,7 +38,7 @@ def shares(**changes: object) -> Coefficients:
     plain = {"matmul_share": 0.5, "convolution_share": 0.4, "attention_share": 0.25, "bandwidth_share": 0.8, "vector_share": 0.75,
              "pointwise_per_flop": None, "kernel_seconds": 0.0, "launch_seconds": 0.0, "call_seconds": 0.0, "peak_over_fp32": None,
              "pageable_share": 0.25, "link_share": 0.5, "fresh_bytes_per_second": 1e9, "stream_bytes_per_second": 8e9,
-             "onload_module_seconds": 0.0}  # fmt: skip
+             "onload_module_seconds": 0.0, "sequential_module_seconds": 0.001}  # fmt: skip
     return default_coefficients(gpu()).model_copy(update=plain | changes)
 
 
@@ -76,8 +76,27 @@ def test_score_matrices_of_fp32_attention_follow_tf32() -> None:
 
 def test_head_dimensions_are_padded_to_what_the_kernel_has() -> None:
     calls = (call_of([attention("fp16", 8, 100, 1024, width)]) for width in (40, 64))
-    forty, sixty_four = (compute_seconds(call, gpu(), shares(), PLAIN, None)[0] for call in calls)
+    forty, sixty_four = (compute_seconds(call, gpu(), shares(vector_share=0.1), PLAIN, None)[0] for call in calls)
     assert forty == pytest.approx(sixty_four)  # 40 is computed as 64
+
+
+def test_the_softmax_of_narrow_heads_costs_a_fused_kernel_its_rate() -> None:
+    per_flop = {}
+    for width in (64, 128):
+        call = call_of([attention("fp16", 8, 100, 1024, width)])
+        per_flop[width] = compute_seconds(call, gpu(), shares(), PLAIN, None)[0] / call.flops[0]
+    assert per_flop[128] == pytest.approx(1 / (0.25 * 1e14))
+    assert per_flop[64] / per_flop[128] == pytest.approx(1.2)  # 190 and 225 TFLOP/s on an A100
+
+
+def test_silicon_that_limits_16_bit_limits_tf32_to_half_of_that() -> None:
+    peaks = reachable_peaks(gpu(flops_per_second=gpu().flops_per_second | {"tf32": 1e14}), shares(peak_over_fp32=2.0))
+    assert (peaks["fp16"], peaks["tf32"]) == (4e13, 2e13)
+
+
+def test_without_tensor_cores_16_bit_products_run_at_the_rate_of_fp32() -> None:
+    peaks = reachable_peaks(gpu(compute_capability=(6, 0)), shares())
+    assert peaks["fp16"] == peaks["bf16"] == peaks["fp32"] == 2e13
 
 
 def test_pointwise_kernels_are_limited_by_memory_or_by_instructions() -> None:
@@ -175,6 +194,10 @@ def moved(recipe: Recipe, onload: int, offload: int, units: int, count: int, com
 def test_pageable_copies_block_and_fresh_host_memory_is_slow() -> None:
     # 5 GB/s up, 1 GB/s down into memory that has to be faulted in.
     assert moved(Recipe(offload="model"), 10 * 10**9, 10 * 10**9, 1, 1, 100.0) == pytest.approx(2.0 + 10.0)
+
+
+def test_sequential_offload_takes_the_host_time_for_every_module() -> None:
+    assert moved(Recipe(offload="sequential"), 10**9, 0, 100, 2, 1.0) == pytest.approx(0.2 + 200 * 0.001)
 
 
 def test_a_stream_hides_copies_behind_compute() -> None:

@@ -56,6 +56,8 @@ class Coefficients(Frozen):
     """What group offload's copy stream sustains at most, waits between its units included."""
     onload_module_seconds: Seconds
     """Host time per module that an offload hook moves."""
+    sequential_module_seconds: Seconds
+    """The same under sequential offload, whose hooks set each tensor of the module anew before it runs and after."""
     picture_bytes_per_second: Annotated[float, Field(gt=0)]
     """Host conversion of the result (float bytes of the final images) to pictures."""
     context_bytes: Annotated[int, Field(ge=0)]

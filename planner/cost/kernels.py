@@ -21,12 +21,17 @@ TILE_M, TILE_N = 128, 128
 ASSUMED_SM_COUNT = 80
 HEAVY = (int(Kind.MATMUL), int(Kind.CONVOLUTION), int(Kind.ATTENTION))
 """Kinds whose kernels compute; the others only move bytes."""
+TENSOR_CORES = (7, 0)
+"""First compute capability that has them."""
 SCORES = ("vanilla", "sliced", "math")
 """Attention that keeps its score matrix: two batched products and a softmax between them."""
 SCORE_KERNELS = 5
 """Two products, a softmax, and copies of heads into the batch and back (diffusers ``Attention.get_attention_scores``)."""
 SCORE_PRODUCT_SHARE = 0.6
 """Assumed: rate of those products over that of a large matmul; their inner dimension is one head."""
+SOFTMAX_WIDTH = 32.0
+"""FlashAttention 2 without mask over long sequences: 190 TFLOP/s with heads of 64 and 225 with heads of 128 on an A100, 300 and
+370 on an H100 (Dao-AILab/flash-attention README and the FlashAttention-3 paper, figures 5 and 6)."""
 _ATTENTION_WIDTHS = (32, 64, 96, 128, 160, 192, 224, 256)
 
 
@@ -87,7 +92,8 @@ def _moving_seconds(call: CallTrace, device: Device, coefficients: Coefficients,
     memory = direct_bytes(call, scheme, fused) / np.where(_heavy(call), streaming, issuing)
     serial = score_bytes(call, device, recipe) / streaming
     if not fused:  # a compiler folds layout copies into its neighbours
-        serial = serial + layout_bytes(call, device, recipe) / issuing
+        without = device.compute_capability is not None and device.compute_capability < TENSOR_CORES
+        serial = serial + layout_bytes(call, device, recipe) / (streaming if without else issuing)
     if scheme is not None and not fused:
         serial = serial + serial_seconds(call, scheme, issuing)
     return memory, serial
@@ -114,16 +120,18 @@ def host_seconds(coefficients: Coefficients, recipe: Recipe, kernels: int, fused
 
 
 def reachable_peaks(device: Device, coefficients: Coefficients) -> dict[str, float]:
-    """Datasheet peaks, the 16-bit ones no higher than the silicon feeds and the board's power sustains."""
+    """Datasheet peaks, those of tensor cores no higher than the silicon feeds and the board's power sustains."""
     peaks = dict(device.flops_per_second)
+    if device.compute_capability is not None and device.compute_capability < TENSOR_CORES and "fp32" in peaks:
+        peaks |= dict.fromkeys(("fp16", "bf16"), peaks["fp32"])  # torch accumulates 16-bit products in fp32
     caps = []
     if coefficients.peak_over_fp32 is not None and "fp32" in peaks:
         caps.append(coefficients.peak_over_fp32 * peaks["fp32"])
     if coefficients.flops_per_joule is not None and device.power_watts is not None:
         caps.append(coefficients.flops_per_joule * device.power_watts)
-    for name in ("fp16", "bf16"):
+    for name, share in (("fp16", 1.0), ("bf16", 1.0), ("tf32", 0.5)):  # TF32 goes at half the rate of 16 bit on all silicon
         if name in peaks and caps:
-            peaks[name] = min(peaks[name], *caps)
+            peaks[name] = min(peaks[name], share * min(caps))
     return peaks
 
 
@@ -202,8 +210,16 @@ def _attention_shares(call: CallTrace, device: Device, coefficients: Coefficient
     place = np.minimum(np.searchsorted(_ATTENTION_WIDTHS, width), len(_ATTENTION_WIDTHS) - 1)
     padded = np.maximum(np.array(_ATTENTION_WIDTHS)[place], width)
     cudnn = coefficients.cudnn_attention_share or coefficients.attention_share
-    fused = np.where(kernels == "cudnn", cudnn, coefficients.attention_share) * width / padded
+    fused = np.where(kernels == "cudnn", cudnn, coefficients.attention_share) * width / padded * _softmax_share(padded)
     return np.where(np.isin(kernels, SCORES), coefficients.matmul_share * SCORE_PRODUCT_SHARE, fused)
+
+
+def _softmax_share(width: Floats) -> Floats:
+    """What is left of a fused kernel's rate beside its softmax, which costs each score as much as products of so many dimensions.
+
+    1 for the widest head that is common, so that the share means that one.
+    """
+    return width / (width + SOFTMAX_WIDTH) * (1 + SOFTMAX_WIDTH / 128)
 
 
 @per_call

@@ -22,8 +22,9 @@ def transfer_seconds(placed: Residency, index: int, count: int, time: CallTime, 
     if not (onload or offload) or not link:
         return 0.0
     pageable = link * coefficients.pageable_share
-    handling = placed.moves[index] * coefficients.onload_module_seconds
     own = recipe.of(component)
+    each = coefficients.sequential_module_seconds if own.offload == "sequential" else coefficients.onload_module_seconds
+    handling = placed.moves[index] * each
     if not own.offload_stream or own.offload not in ("group_block", "group_leaf"):
         return onload / pageable + offload / min(pageable, coefficients.fresh_bytes_per_second) + handling
     pinned = max(min(link * coefficients.link_share, coefficients.stream_bytes_per_second), pageable)
