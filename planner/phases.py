@@ -17,10 +17,10 @@ from planner.cost.residency import Residency
 from planner.cost.transfer import transfer_seconds
 from planner.dryrun.trace import CallTrace, PipelineTrace, VaeMode
 from planner.recipe import Recipe
-from planner.search import NOTHING, Assignment, Axis, Demand, Phase, Stock, Value
+from planner.search import NOTHING, Assignment, Axis, Demand, Phase, Rule, Stock, Value
 
 TRACE = frozenset({"dtype", "calls"})
-PLACEMENT = frozenset({"offload", "offload_stream", "offload_blocks", "offload_disk", "resident", "weights", "only"})
+PLACEMENT = frozenset({"offload", "offload_stream", "offload_blocks", "offload_disk", "resident", "weights", "only", "fused_qkv"})
 VAE = frozenset({"vae_slicing", "vae_tiling", "vae_tile_pixels"})
 SHARES = frozenset({"steps_factor", "denoiser_factor"})
 NEVER = CallTime(1e18, 1e18, 0.0, 0, "compute", 0.0)
@@ -113,17 +113,19 @@ class _Local:
 
 @dataclass(slots=True)
 class Pricing:
-    """Builds the phases. ``modes``: every VAE mode of the space, so that each trace is made once."""
+    """Builds the phases. ``modes``: every VAE mode of the space, so that each trace is made once. ``rules`` sharpen the floors."""
 
     model: CostModel
     recipes: Recipes
     calls: int | None
     modes: tuple[VaeMode, ...] = ()
+    rules: tuple[Rule, ...] = ()
     _covered: set[object] = field(default_factory=set)
     _trace_axes: tuple[str, ...] = field(init=False)
     _placement_axes: tuple[str, ...] = field(init=False)
     _locals: dict[object, list[_Local]] = field(default_factory=dict)
     _bests: dict[object, _Local] = field(default_factory=dict)
+    _ruled: dict[object, tuple[Rule, ...]] = field(default_factory=dict)
     _indices: dict[object, tuple[int, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -251,14 +253,26 @@ class Pricing:
                   partial: Assignment) -> _Local:  # fmt: skip
         """The local choice of least cost among those that agree with what is decided."""
         key = (name, self.model.key(trace), *(partial[axis] for axis in own if axis in partial), *(axis for axis in own if axis in partial),
-               tuple(sorted(recipe.weights.items())), recipe.calls)  # fmt: skip
+               tuple(sorted(recipe.weights.items())), recipe.calls, self._beside(own, partial))  # fmt: skip
         known = self._bests.get(key)
         if known is None:
             wanted = [(place, partial[axis]) for place, axis in enumerate(own) if axis in partial]
             open_ = [each for each in self._all_locals(name, own, recipe, trace, indices, partial)
                      if all(each.values[place] == value for place, value in wanted)]  # fmt: skip
-            known = self._bests[key] = min(open_, key=lambda each: self._weigh(each, recipe.calls))
+            rules = [rule for rule in self._rules_of(own) if not set(own).issuperset(rule.axes)]
+            known = self._bests[key] = min(_allowed(open_, own, rules, partial), key=lambda each: self._weigh(each, recipe.calls))
         return known
+
+    def _rules_of(self, own: tuple[str, ...]) -> tuple[Rule, ...]:
+        """Rules that forbid choices of these axes, alone or together with others."""
+        if own not in self._ruled:
+            self._ruled[own] = tuple(rule for rule in self.rules if set(rule.axes) & set(own))
+        return self._ruled[own]
+
+    def _beside(self, own: tuple[str, ...], partial: Assignment) -> tuple[Value | None, ...]:
+        """What is decided of the other axes that those rules ask about."""
+        names = sorted({name for rule in self._rules_of(own) for name in rule.axes} - set(own))
+        return tuple(partial.get(name) for name in names)
 
     def _weigh(self, local: _Local, calls: int) -> float:
         seconds = calls * local.compute_seconds
@@ -274,7 +288,10 @@ class Pricing:
         if known is None:
             domains = {axis.name: axis.values for axis in self.recipes.axes}
             choices = [(partial[axis],) if axis in decided else domains[axis] for axis in own]
-            known = self._locals[key] = [self._local(own, values, partial, trace, indices) for values in product(*choices)]
+            rules = [rule for rule in self._rules_of(own) if set(own).issuperset(rule.axes)]
+            made = product(*choices)
+            allowed = [values for values in made if not any(rule.refuse(dict(zip(own, values, strict=True))) for rule in rules)]
+            known = self._locals[key] = [self._local(own, values, partial, trace, indices) for values in allowed]
         return known
 
     def _local(self, own: tuple[str, ...], values: tuple[Value, ...], partial: Assignment, trace: PipelineTrace,
@@ -287,6 +304,13 @@ class Pricing:
             compute += self.model.compute_seconds(trace, index, time, recipe)
             setup += self.model.compile_seconds(trace, index, time, recipe)
         return _Local(values, compute, setup)
+
+
+def _allowed(found: list[_Local], own: tuple[str, ...], rules: list[Rule], partial: Assignment) -> list[_Local]:
+    """Those that no rule forbids beside what is decided; rules that ask about more are left to the search."""
+    asked = [rule for rule in rules if all(name in partial or name in own for name in rule.axes)]
+    full = [{**partial, **dict(zip(own, each.values, strict=True))} for each in found]
+    return [each for each, values in zip(found, full, strict=True) if not any(rule.refuse(values) for rule in asked)] or found
 
 
 def _variants(trace: PipelineTrace, index: int) -> tuple[CallTrace, ...]:

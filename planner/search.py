@@ -12,7 +12,7 @@ Times are whole nanoseconds: sums of integers do not depend on their order, so e
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from itertools import product
 from math import prod
@@ -51,8 +51,8 @@ class Phase:
     """A part of the whole with demands of its own.
 
     ``price`` is exact and gets values of all ``axes``. ``floor`` gets the values decided so far and answers with a demand
-    that is at most the exact one in bytes, and at most in cost, for every completion; with all values given its cost is at
-    most the exact cost. ``beside``: other phases' ``kept_bytes`` are there while this one runs.
+    that is at most the exact one in bytes, and at most in cost, for every completion that the rules allow; with all values
+    given its cost is at most the exact cost. ``beside``: other phases' ``kept_bytes`` are there while this one runs.
     """
 
     name: str
@@ -169,7 +169,9 @@ class _Run:
     goal: Goal
     limits: Limits
     domains: dict[str, tuple[tuple[int, Value], ...]]
-    fixed: frozenset[tuple[str, Value]]
+    fixed: dict[str, Value]
+    rules_at: list[tuple[Rule, ...]]
+    """Per shared axis, the rules of which it decides the last axis: those of shared and of fixed axes alone."""
     best: Rank | None = None
     best_bytes: int | None = None
     found: dict[str, Value] | None = None
@@ -202,7 +204,6 @@ class Solver:
     shared: tuple[str, ...] = field(init=False)
     _private: tuple[tuple[str, ...], ...] = field(init=False)
     _phases: tuple[Phase, ...] = field(init=False)
-    _rules_at: tuple[tuple[Rule, ...], ...] = field(init=False)
     _private_rules: tuple[tuple[Rule, ...], ...] = field(init=False)
     _seen_by: tuple[tuple[str, ...], ...] = field(init=False)
     _touched: tuple[tuple[int, ...], ...] = field(init=False)
@@ -231,10 +232,6 @@ class Solver:
         own = [axis.name for axis in problem.axes if axis.name not in shared]
         self._private = tuple(tuple(name for name in own if name in phase.axes) for phase in self._phases)
         depth = {name: place for place, name in enumerate(self.shared)}
-        self._rules_at = tuple(
-            tuple(rule for rule in problem.rules if shared.issuperset(rule.axes) and max(depth[name] for name in rule.axes) == place)
-            for place in range(len(self.shared))
-        )
         self._private_rules = tuple(tuple(rule for rule in problem.rules if set(rule.axes) & set(private)) for private in self._private)
         self._seen_by = tuple(
             tuple(n for n in self.shared if n in phase.axes or any(n in rule.axes for rule in rules))
@@ -279,8 +276,8 @@ class Solver:
     def _answer(self, goal: Goal, limits: Limits, fixed: Assignment) -> Candidate | None:
         key = (goal, limits, frozenset(fixed.items()))
         if key not in self._answers:
-            run = self._start(goal, limits, {**self._light(fixed), **fixed} if goal == "bytes" else fixed)
-            self._walk(0, {}, tuple(self._floor(place, {}) for place in range(len(self._phases))), 0, 0, run)
+            run = self._start(goal, limits, {**(self._light(fixed) if goal == "bytes" else {}), **fixed})
+            self._walk(0, dict(run.fixed), tuple(self._floor(place, run.fixed) for place in range(len(self._phases))), 0, 0, run)
             if goal == "bytes" and run.best_bytes is not None:
                 self._answers[key] = self._answer("cost", Limits(run.best_bytes, limits.stock_bytes), fixed)
             else:
@@ -297,11 +294,20 @@ class Solver:
         made = (dict(zip(names, values, strict=True)) for values in product(*domains))
         return next((each for each in made if all(rule.refuse(each) is None for rule in own)), {})
 
-    def _start(self, goal: Goal, limits: Limits, fixed: Assignment) -> _Run:
+    def _start(self, goal: Goal, limits: Limits, fixed: dict[str, Value]) -> _Run:
         domains = {axis.name: tuple(enumerate(axis.values)) for axis in self.problem.axes}
         for name, value in fixed.items():
             domains[name] = tuple(pair for pair in domains[name] if pair[1] == value)
-        return _Run(goal, limits, domains, frozenset(fixed.items()))
+        return _Run(goal, limits, domains, fixed, self._rules_by_depth(set(fixed)))
+
+    def _rules_by_depth(self, fixed: Set[str]) -> list[tuple[Rule, ...]]:
+        depth = {name: place for place, name in enumerate(self.shared)}
+        found: list[list[Rule]] = [[] for _ in self.shared]
+        for rule in self.problem.rules:
+            last = max((depth[name] for name in rule.axes if name in depth), default=None)
+            if last is not None and all(name in depth or name in fixed for name in rule.axes):
+                found[last].append(rule)
+        return [tuple(rules) for rules in found]
 
     def _walk(self, depth: int, chosen: dict[str, Value], floors: tuple[Demand, ...], bound: int, departures: int, run: _Run) -> None:
         if depth == len(self.shared):
@@ -325,10 +331,11 @@ class Solver:
                 break
             chosen[name] = value
             self._walk(depth + 1, chosen, renewed_floors, least, left, run)
-        chosen.pop(name, None)
+        if name not in run.fixed:
+            chosen.pop(name, None)
 
     def _forbidden(self, depth: int, chosen: dict[str, Value], run: _Run) -> bool:
-        for rule in self._rules_at[depth]:
+        for rule in run.rules_at[depth]:
             key = (id(rule), *(chosen[name] for name in rule.axes))
             known = self._refusals.get(key)
             if known is None:
@@ -451,7 +458,7 @@ class Solver:
     def _menu(self, place: int, chosen: dict[str, Value], run: _Run) -> list[_Option]:
         """Options of a phase's private axes that its rules allow, by lower bound."""
         private = self._private[place]
-        fixed = tuple(pair for pair in run.fixed if pair[0] in private)
+        fixed = tuple(pair for pair in run.fixed.items() if pair[0] in private)
         key = (place, fixed, *(chosen[name] for name in self._seen_by[place]))
         known = self._menus.get(key)
         if known is None:

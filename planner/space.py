@@ -111,7 +111,7 @@ def build_space(context: Context, model: CostModel, *, fix: Settings | None = No
     rules += _clashes(domains, baseline, context) + _conflicts(domains)
     axes = tuple(Axis(each.name, domains[each.name]) for each in KNOBS)
     recipes = Recipes(lambda chosen: recipe_of(chosen, context), axes, {axis.name: axis.values[0] for axis in axes})
-    pricing = Pricing(model, recipes, calls, _modes(recipes))
+    pricing = Pricing(model, recipes, calls, _modes(recipes), tuple(rules))
     rules += _traced(pricing, recipes) + _vae_rules(pricing, recipes)
     problem = Problem(axes, pricing.phases(), tuple(rules), pricing.stock(), calls, DECIDED_FIRST, recipes.only_changing(WEIGHTLESS))
     budget = budget_bytes if budget_bytes is not None else model.device.budget_bytes
@@ -154,6 +154,8 @@ def _domains(context: Context, fixed: Settings, baseline: Settings, excluded: Ma
 def _unwanted(each: Knob, value: KnobValue, context: Context, excluded: Mapping[KnobValue, str]) -> str | None:
     if value in excluded:
         return excluded[value]
+    if not each.credited:
+        return "no estimate credits it with a gain; it is used when it is fixed"
     level = each.quality(value, context)
     if QUALITY_ORDER.index(level) > QUALITY_ORDER.index(context.quality):
         return f'needs quality="{level}", asked for is "{context.quality}"'

@@ -63,6 +63,8 @@ class Knob(ABC):
     name: ClassVar[str]
     stage: ClassVar[int]
     """Place in the apply order (ascending); undo runs in exact reverse."""
+    credited: ClassVar[bool] = True
+    """Whether the cost model knows a gain of it, in time or memory. Others lose to their default: used when the user fixes them."""
     conflicts: ClassVar[tuple[Conflict, ...]] = ()
     conditional: ClassVar[tuple[Conflict, ...]] = ()
     """What ``clash`` may answer with; where values are free text, words that describe them."""

@@ -18,6 +18,7 @@ class Cache(Knob):
     """What a cache saves depends on the images, so no estimate credits it: it is used when the user fixes it."""
 
     name = "cache"
+    credited = False
     stage = 88
     conflicts = (
         Conflict(

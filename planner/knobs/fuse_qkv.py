@@ -11,6 +11,7 @@ class FuseQkv(Switch):
     """Denoisers only. Applied before anything that holds on to weights: quantization, offload, compile."""
 
     name = "fuse_qkv"
+    credited = False
     stage = 30
 
     def refuse(self, value: KnobValue, context: Context) -> str | None:

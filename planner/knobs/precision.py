@@ -50,6 +50,7 @@ class CudnnBenchmark(Switch):
     """cuDNN times its convolution algorithms at the first call of each shape, which then needs more memory for once."""
 
     name = "cudnn_benchmark"
+    credited = False
     stage = 6
 
     def values(self, context: Context) -> tuple[KnobValue, ...]:

@@ -9,9 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from planner.cost.model import localized
+from planner.knobs import KNOBS
 from planner.outcome import MARGIN, choose
 from planner.recipe import Recipe
-from planner.space import build_space
+from planner.search import Value
+from planner.space import Space, build_space
 from tests.property.strategies import MIB, SMALL, Part, pipelines, world
 
 seeds = st.integers(0, 1 << 32).map(Random)
@@ -89,15 +91,44 @@ def test_no_candidate_of_the_space_beats_the_search(
 @FEW
 @given(pipelines(), st.integers(1, 3), st.sampled_from((None, 3)), seeds)
 def test_bounds_of_a_phase_never_exceed_its_price(parts: tuple[Part, ...], batch: int, calls: int | None, random: Random) -> None:
-    problem = build_space(*world(parts, batch), calls=calls).problem
+    space = build_space(*world(parts, batch), calls=calls)
+    problem = space.problem
     for _ in range(20):
-        full = {axis.name: random.choice(axis.values) for axis in problem.axes}
+        full = _allowed(space, random)
         partial = {name: value for name, value in full.items() if random.random() < 0.8}
         for phase in problem.phases:
             if phase.floor is not None:
                 floor, price = phase.floor(partial), phase.price(full)
                 assert floor.peak_bytes <= price.peak_bytes
                 assert problem.cost(floor) <= problem.cost(price)
+
+
+def _allowed(space: Space, random: Random) -> dict[str, Value]:
+    """Bounds hold for what the rules allow."""
+    while True:
+        full = {axis.name: random.choice(axis.values) for axis in space.problem.axes}
+        if space.solver.refusal(full) is None:
+            return full
+
+
+@FEW
+@given(pipelines(), st.integers(1, 3), seeds)
+def test_knobs_without_a_credited_gain_never_win(parts: tuple[Part, ...], batch: int, random: Random) -> None:
+    """So the search need not try them."""
+    space = build_space(*world(parts, batch))
+    for each in KNOBS:
+        if not each.credited:
+            assert space.problem.values(each.name) == (each.values(space.context)[0],)
+            settings = _allowed(space, random)
+            plain = space.model.cost(space.recipe(settings))
+            for value in CREDITED_NOTHING[each.name]:
+                other = space.model.cost(space.recipe({**settings, each.name: value}))
+                assert other.needed_bytes >= plain.needed_bytes
+                assert other.seconds >= plain.seconds
+                assert other.setup_seconds >= plain.setup_seconds
+
+
+CREDITED_NOTHING = {"fuse_qkv": (True,), "cudnn_benchmark": (True,), "cache": ("first_block", "pab", "taylorseer")}
 
 
 @FEW
