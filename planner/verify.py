@@ -162,7 +162,7 @@ def _failures(plan: Plan, seen: Measurement, unsound: bool) -> list[str]:
 
 
 def run_seeded(pipe: Any, inputs: Mapping[str, Any], call: Callable[[dict[str, Any]], Any]) -> Any:
-    """``call`` with these inputs and a fixed seed, where the pipeline takes one."""
+    """``call`` with these inputs and a fixed seed, where the pipeline takes one; one per sample where the inputs give a list."""
     import torch
 
     from planner.dryrun.inputs import call_parameters
@@ -170,7 +170,9 @@ def run_seeded(pipe: Any, inputs: Mapping[str, Any], call: Callable[[dict[str, A
 
     seeded = dict(inputs)
     if "generator" in call_parameters(pipe):
-        seeded["generator"] = torch.Generator("cpu").manual_seed(0)
+        given = inputs.get("generator")
+        fresh = [torch.Generator("cpu").manual_seed(seed) for seed in range(len(given) if isinstance(given, list | tuple) else 1)]
+        seeded["generator"] = fresh if isinstance(given, list | tuple) else fresh[0]
     with torch.random.fork_rng(devices=[]), one_noise_for_all_dtypes():
         torch.manual_seed(0)
         return call(seeded)

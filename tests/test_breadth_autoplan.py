@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import wraps
 from typing import Any
 
 import numpy as np
@@ -104,6 +105,28 @@ def test_a_count_of_images_is_divided_and_lists_of_generators_with_it() -> None:
     seen = plan.run(pipe, **inputs | {"generator": generators()}).images
     plan.undo(pipe)
     assert difference(seen, wanted) < 1e-3
+
+
+def test_a_list_of_generators_is_checked_with_as_many() -> None:
+    """Some pipelines refuse one generator for several samples."""
+    case = FAMILIES["sd15"]
+    pipe = case.build()
+
+    class Strict(type(pipe)):
+        @wraps(type(pipe).__call__)
+        def __call__(self, prompt: Any, generator: Any = None, **others: Any) -> Any:
+            if len({id(item) for item in generator}) != len(prompt):
+                raise ValueError("one generator per sample")
+            return super().__call__(prompt, generator=generator, **others)
+
+    pipe.__class__ = Strict
+    generators = [torch.Generator().manual_seed(seed) for seed in range(4)]
+    inputs = {**case.inputs(pipe), "prompt": ["a", "b", "c", "d"], "generator": generators}
+    before = [generator.get_state() for generator in generators]
+    plan = autoplan(pipe, batch_size=4, inputs=inputs, device="cpu", calibrate="never", fix={**UNCOMPILED, "batch_split": 2})
+    assert plan.measured is not None
+    assert all(torch.equal(generator.get_state(), state) for generator, state in zip(generators, before, strict=True))
+    plan.undo(pipe)
 
 
 def test_explain_of_a_live_pipeline_without_any_inputs() -> None:
