@@ -41,7 +41,7 @@ demo: $(VENV)/.installed
 	@$(BIN)/planner explain stable-diffusion-xl --gpu "RTX 3060" --batch-size 8
 	@echo
 	@echo '$$ python examples/closed_loop.py'
-	@$(BIN)/python examples/closed_loop.py
+	@TRANSFORMERS_VERBOSITY=error KINETO_LOG_LEVEL=99 $(BIN)/python examples/closed_loop.py
 
 test: lint types pytest
 

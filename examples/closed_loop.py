@@ -15,6 +15,7 @@ from diffusers.utils import logging
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from planner import Plan, autoplan
+from planner.explain.words import plan_line
 from planner.measure import measure_call
 from planner.units import MIB, format_bytes, format_seconds
 
@@ -54,9 +55,8 @@ def life_cycle(pipe: StableDiffusionPipeline, memory_budget: str | None) -> Plan
     started = time.perf_counter()
     plan = autoplan(pipe, batch_size=BATCH, inputs=inputs, device="cpu", memory_budget=memory_budget, fix=FIXED)
     took = time.perf_counter() - started
-    changes = ", ".join(f"{name}={value}" for name, value in plan.changes.items()) or "leave the pipeline as it is"
     budget = format_bytes(plan.device.budget_bytes)
-    print(f"\nbudget {budget}: {changes}   (detected, traced, probed, searched, applied, checked in {took:.1f} s)")
+    print(f"\nbudget {budget}: {plan_line(plan)}   (detected, traced, probed, searched, applied, checked in {took:.1f} s)")
     output, seen = measure_call(pipe, lambda: plan.run(pipe, **inputs), torch.device("cpu"))
     print(f"  {len(output.images)} images of {output.images.shape[1]}x{output.images.shape[2]} generated under the plan")
     print(f"  {'':16}{'predicted':>14}{'measured':>14}{'ratio':>8}")
