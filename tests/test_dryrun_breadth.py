@@ -16,7 +16,7 @@ from planner.dryrun.trace import Kind, VaeMode
 from planner.errors import UsageError
 from planner.types import Workload
 from tests.zoo import FAMILIES
-from tests.zoo.parts import picture
+from tests.zoo.parts import controlnet, picture
 
 MODES = (VaeMode(True), VaeMode(False, 0))
 
@@ -122,6 +122,24 @@ def test_a_call_without_any_subject_is_left_so_where_it_runs() -> None:
         DryRun(pipe, Workload(), inputs).trace()
         assert ("prompt" in call_arguments(pipe, Workload(), inputs)) == prompted
         assert "prompt" in call_arguments(pipe, Workload(), {}, with_prompt=True)
+
+
+@pytest.mark.parametrize(("name", "base", "added"), [
+    ("AnimateDiffControlNetPipeline", "animatediff_video_controlnet", {}), ("CycleDiffusionPipeline", "sd15", {}),
+    ("StableDiffusionControlNetPipeline", "sd15_controlnet", {"controlnet": [controlnet, controlnet]}),
+])  # fmt: skip
+def test_what_a_call_needs_besides_a_prompt_gets_stand_ins(name: str, base: str, added: dict[str, Any]) -> None:
+    """As many frames as the call makes, a picture per control network, a prompt for the source."""
+    kind = getattr(diffusers, name)
+    parts = FAMILIES[base].build().components | {key: [make() for make in value] for key, value in added.items()}
+    pipe = kind(
+        **{key: value for key, value in parts.items() if key in inspect.signature(kind.__init__).parameters},
+        **({"requires_safety_checker": False} if "requires_safety_checker" in inspect.signature(kind.__init__).parameters else {}),
+    )
+    sizes = {key: 32 for key in ("height", "width") if key in inspect.signature(kind.__call__).parameters}
+    trace = DryRun(pipe, Workload(num_inference_steps=2, **sizes), {}).trace()
+    assert trace.output_shape is not None
+    assert trace.output_shape[0] == 1
 
 
 def test_the_check_of_a_plan_gets_the_pictures_that_its_trace_got() -> None:

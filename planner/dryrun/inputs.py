@@ -13,7 +13,11 @@ from planner.types import Workload
 PROMPT = "a photograph of an astronaut riding a horse"
 _SIZES = ("height", "width", "num_frames", "num_inference_steps", "guidance_scale")
 _IMAGES = ("image", "mask_image", "control_image", "init_image", "source_image", "conditioning_image", "original_image", "input_image",
-           "image_reference", "reference_image", "last_image", "video", "adapter_image", "depth_map", "image_pair")  # fmt: skip
+           "image_reference", "reference_image", "last_image", "video", "adapter_image", "depth_map", "image_pair", "control_mask",
+           "control_video", "conditioning_frames")  # fmt: skip
+"""Arguments that a call may need though their default is None."""
+_VIDEO_FRAMES = 17
+"""Of a stand-in video where the call does not say: 4 and 8 frames a latent, and one, as video autoencoders want them."""
 
 
 def call_parameters(pipe: Any) -> Mapping[str, inspect.Parameter]:
@@ -114,8 +118,10 @@ def call_arguments(
         required = parameter.default is inspect.Parameter.empty and parameter.kind not in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL)
         if name in arguments or name == "self":
             continue
-        if name in _IMAGES and (required or with_images):
+        if (name in _IMAGES and with_images) or (required and name.rpartition("_")[2] in ("image", "video", "frames")):
             arguments[name] = _picture(pipe, name, workload)
+        elif required and name.endswith("_prompt"):
+            arguments[name] = PROMPT
         elif required and name == "class_labels":
             arguments[name] = [0] * workload.batch_size
         elif required:
@@ -143,7 +149,12 @@ def _picture(pipe: Any, name: str, workload: Workload) -> Any:
     width, height = picture_size(pipe, workload)
     mode = "L" if "mask" in name else "RGB"
     picture = Image.new(mode, (width, height), 255 if mode == "L" else (127, 127, 127))
-    return [picture] * (workload.num_frames or 16) if name == "video" else picture
+    parameters = call_parameters(pipe)
+    if name.endswith(("video", "frames")):
+        usual = parameters["num_frames"].default if "num_frames" in parameters else None
+        return [picture] * (workload.num_frames or (usual if isinstance(usual, int) and name != "video" else _VIDEO_FRAMES))
+    nets = getattr(getattr(pipe, "controlnet", None), "nets", ())
+    return [picture] * len(nets) if nets and name == ("control_image" if "control_image" in parameters else "image") else picture
 
 
 def picture_size(pipe: Any, workload: Workload) -> tuple[int, int]:
