@@ -366,7 +366,7 @@ CELLS = (
 
 def test_comparison_in_every_form() -> None:
     text = render_text(CELLS)
-    assert re.search(r"a +RTX 3060 +1 +0\.50 GiB +4\.00 s +0\.25 +offload=model", text)
+    assert re.search(r"^a\n  GPU.*plan\n  RTX 3060 +1 +0\.50 GiB +4\.00 s +0\.25  offload=model\n\n<b>\n", text)
     assert "nothing fits, short by 1.00 GiB" in text
     lines = render_csv(CELLS).splitlines()
     assert lines[0].split(",") == [*(name for name in Cell.model_fields if name != "settings"), "plan"]
@@ -377,6 +377,14 @@ def test_comparison_in_every_form() -> None:
     checker.feed(page)
     assert checker.open == []
     assert "&lt;b&gt;" in page
+
+
+@pytest.mark.parametrize("width", [60, 75, 76, 100])
+def test_plans_of_a_comparison_are_wrapped_not_cut(width: int) -> None:
+    settings = {"offload": "group_block", "offload_stream": True, "channels_last": True, "vae_tiling": True, "compile": "regional"}
+    text = render_text((CELLS[0].model_copy(update={"settings": settings}), CELLS[1]), width)
+    assert max(map(len, text.splitlines())) <= width
+    assert set(words.settings_text(settings).split()) <= set(text.split())
 
 
 # -- plans as files ---------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from planner.errors import NoFeasiblePlan, PlannerError, UsageError
 from planner.explain import words
-from planner.explain.layout import DEFAULT_WIDTH, table
+from planner.explain.layout import DEFAULT_WIDTH, LEAST_WIDTH, paragraph, table
 from planner.progress import Progress, silent
 from planner.types import Frozen, KnobValue
 from planner.units import format_bytes, format_seconds
@@ -105,14 +105,29 @@ def _short(gpu: str) -> str:
     return gpu.removeprefix("NVIDIA ").removeprefix("GeForce ")
 
 
+_HEAD = ("GPU", "batch", "peak", "a call", "per second")
+PLAN_ROOM = 32
+NARROW = 76
+"""Below this width the settings of a plan stand on a line of their own."""
+
+
+def _row(cell: Cell) -> tuple[str, ...]:
+    rate = "" if cell.samples_per_second is None else f"{cell.samples_per_second:.3g}"
+    sizes = ("", "") if cell.settings is None else (format_bytes(cell.peak_allocated_bytes), format_seconds(cell.latency_seconds))
+    return (_short(cell.gpu), str(cell.batch_size), *sizes, rate)
+
+
 def render_text(cells: Sequence[Cell], width: int | None = None) -> str:
-    """One aligned table."""
-    rows = [("model", "gpu", "batch", "peak", "a call", "per second", "plan")]
-    for cell in cells:
-        rate = "" if cell.samples_per_second is None else f"{cell.samples_per_second:.3g}"
-        sizes = ("", "") if cell.settings is None else (format_bytes(cell.peak_allocated_bytes), format_seconds(cell.latency_seconds))
-        rows.append((cell.model, _short(cell.gpu), str(cell.batch_size), *sizes, rate, _plan_words(cell)))
-    return "\n".join(table(rows, width or DEFAULT_WIDTH, left=(0, 1, 6))) + "\n"
+    """One aligned table per model, all in the same columns; plans are wrapped, never cut."""
+    room = max(width or DEFAULT_WIDTH, LEAST_WIDTH)
+    head, *labels = table([_HEAD, *map(_row, cells)], room - (PLAN_ROOM if room >= NARROW else 0), indent=2)
+    indent = max(map(len, [head, *labels])) + 2 if room >= NARROW else 6
+    lines: list[str] = []
+    for place, (cell, label) in enumerate(zip(cells, labels, strict=True)):
+        if place == 0 or cells[place - 1].model != cell.model:
+            lines += [*([""] if lines else []), cell.model, *paragraph(head, "plan", room, indent)]
+        lines += paragraph(label, _plan_words(cell), room, indent)
+    return "\n".join(lines or [head]) + "\n"
 
 
 def render_csv(cells: Sequence[Cell]) -> str:
@@ -134,15 +149,11 @@ def to_data(cells: Sequence[Cell]) -> dict[str, Any]:
 
 def render_html(cells: Sequence[Cell]) -> str:
     """One self-contained page with the table, searchable."""
-    from planner.explain.page import SEARCH, document, escape
+    from planner.explain.page import SEARCH, document
+    from planner.explain.page import table as html_table
 
-    head = "".join(f"<th>{name}</th>" for name in ("model", "GPU", "batch", "peak", "a call", "per second", "plan"))
-    body = []
-    for cell in cells:
-        rate = "" if cell.samples_per_second is None else f"{cell.samples_per_second:.3g}"
-        sizes = ("", "") if cell.settings is None else (format_bytes(cell.peak_allocated_bytes), format_seconds(cell.latency_seconds))
-        texts = (cell.model, cell.gpu, str(cell.batch_size), *sizes, rate, _plan_words(cell))
-        kind = ' class="lost"' if cell.settings is None else ""
-        body.append(f"<tr{kind}>" + "".join(f"<td>{escape(text)}</td>" for text in texts) + "</tr>")
-    table_html = f'<table><thead><tr>{head}</tr></thead><tbody>{"".join(body)}</tbody></table>'
-    return document("What runs where", f'<h1>What runs where</h1><section>{SEARCH}<div class="scroll">{table_html}</div></section>')
+    head = ("model", *_HEAD, "plan")
+    rows: list[tuple[object, ...]] = [(cell.model, *_row(cell), _plan_words(cell)) for cell in cells]
+    lost = frozenset(place for place, cell in enumerate(cells) if cell.settings is None)
+    found = html_table(head, rows, frozenset(range(2, 6)), frozenset({0, 1}), lost)
+    return document("What runs where", f"<h1>What runs where</h1><section>{SEARCH}{found}</section>")

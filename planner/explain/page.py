@@ -31,6 +31,7 @@ box-sizing:border-box}
 .planner table{border-collapse:collapse;width:100%;font-size:.9em}
 .planner th,.planner td{text-align:left;padding:3px 10px 3px 0;border-bottom:1px solid var(--line);vertical-align:top}
 .planner td.n,.planner th.n{text-align:right;white-space:nowrap;font-variant-numeric:tabular-nums}
+@media (min-width:700px){.planner td.w{white-space:nowrap}}
 .planner tr.lost{color:var(--soft)}
 .planner input{width:100%;padding:6px 8px;margin:0 0 8px;border:1px solid var(--line);border-radius:6px;background:var(--ground);
 color:var(--ink);font:inherit}
@@ -68,14 +69,16 @@ def document(title: str, body: str) -> str:
     )
 
 
-def table(head: tuple[str, ...], rows: list[tuple[object, ...]], numbers: frozenset[int] = frozenset()) -> str:
-    """A table; columns in ``numbers`` flush right. Scrolls sideways where the screen is narrow."""
+def table(head: tuple[str, ...], rows: list[tuple[object, ...]], numbers: frozenset[int] = frozenset(),
+          names: frozenset[int] = frozenset(), faded: frozenset[int] = frozenset()) -> str:  # fmt: skip
+    """A table; columns in ``numbers`` flush right, those in ``names`` unbroken, rows in ``faded`` soft. Scrolls sideways on phones."""
+    kinds = dict.fromkeys(numbers, " class=n") | dict.fromkeys(names, " class=w")
 
-    def line(cells: tuple[object, ...], tag: str) -> str:
-        inner = (f"<{tag}{' class=n' if place in numbers else ''}>{escape(cell)}</{tag}>" for place, cell in enumerate(cells))
-        return f"<tr>{''.join(inner)}</tr>"
+    def line(cells: tuple[object, ...], tag: str, kind: str = "") -> str:
+        inner = (f"<{tag}{kinds.get(place, '')}>{escape(cell)}</{tag}>" for place, cell in enumerate(cells))
+        return f"<tr{kind}>{''.join(inner)}</tr>"
 
-    body = "".join(line(row, "td") for row in rows)
+    body = "".join(line(row, "td", " class=lost" if place in faded else "") for place, row in enumerate(rows))
     return f'<div class="scroll"><table><thead>{line(head, "th")}</thead><tbody>{body}</tbody></table></div>'
 
 
