@@ -155,5 +155,5 @@ def render_html(cells: Sequence[Cell]) -> str:
     head = ("model", *_HEAD, "plan")
     rows: list[tuple[object, ...]] = [(cell.model, *_row(cell), _plan_words(cell)) for cell in cells]
     lost = frozenset(place for place, cell in enumerate(cells) if cell.settings is None)
-    found = html_table(head, rows, frozenset(range(2, 6)), frozenset({0, 1}), lost)
+    found = html_table(head, rows, frozenset(range(2, 6)), frozenset({0}), lost)
     return document("What runs where", f"<h1>What runs where</h1><section>{SEARCH}{found}</section>")
