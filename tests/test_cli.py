@@ -114,6 +114,14 @@ def test_version_and_module(capsys: pytest.CaptureFixture[str]) -> None:
     assert done.stdout == f"planner {planner.__version__}\n"
 
 
+@pytest.mark.parametrize(("typed", "offered"), [("planner exp", {"explain"}), ("planner explain --hei", {"--height"})])
+def test_shells_complete_commands_and_options(typed: str, offered: set[str]) -> None:
+    asked = {"_PLANNER_COMPLETE": "complete_bash", "COMP_WORDS": typed, "COMP_CWORD": str(len(typed.split()) - 1)}
+    command = [sys.executable, "-c", "from planner.cli import main; main()"]
+    done = subprocess.run(command, env=os.environ | asked, capture_output=True, text=True, check=False)
+    assert set(done.stdout.split()) == offered, done.stderr
+
+
 # -- errors -----------------------------------------------------------------------------------------------------------
 
 
