@@ -57,12 +57,14 @@ def share(inputs: Mapping[str, Any], parts: int) -> list[dict[str, Any]]:
     """``inputs`` of one call as inputs of ``parts`` equal calls whose outputs, one after the other, are in the call's own order.
 
     Lists and tensors with one entry per sample are cut; then a count argument is divided, where a call is left with one sample.
+    Lists are copied, for some pipelines write into the prompts that they are given.
 
     Raises:
         UsageError: the batch does not divide that way, or an argument holds its rows where they cannot be cut.
     """
+    inputs = own_lists(inputs)
     if parts == 1:
-        return [dict(inputs)]
+        return [inputs]
     argument = batch_argument_of(name for name, value in inputs.items() if value is not None)
     count = int(inputs[argument]) if argument else 1
     samples = samples_in(inputs) or 1
@@ -81,6 +83,15 @@ def share(inputs: Mapping[str, Any], parts: int) -> list[dict[str, Any]]:
     names = None if argument == "batch_size" else ("generator", "latents")
     found = [small for piece in pieces for small in _cut(piece, rest, {count}, names)]
     return [piece | {argument: count // rest} for piece in found]
+
+
+def own_lists(inputs: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments with copies of all lists."""
+
+    def own(value: Any) -> Any:
+        return [own(item) for item in value] if type(value) is list else value
+
+    return {name: own(value) for name, value in inputs.items()}
 
 
 def longest_texts(inputs: Mapping[str, Any]) -> int:

@@ -165,10 +165,11 @@ def run_seeded(pipe: Any, inputs: Mapping[str, Any], call: Callable[[dict[str, A
     """``call`` with these inputs and a fixed seed, where the pipeline takes one; one per sample where the inputs give a list."""
     import torch
 
+    from planner.batching import own_lists
     from planner.dryrun.inputs import call_parameters
     from planner.noise import one_noise_for_all_dtypes
 
-    seeded = dict(inputs)
+    seeded = own_lists(inputs)
     if "generator" in call_parameters(pipe):
         given = inputs.get("generator")
         fresh = [torch.Generator("cpu").manual_seed(seed) for seed in range(len(given) if isinstance(given, list | tuple) else 1)]

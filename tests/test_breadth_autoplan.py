@@ -129,6 +129,28 @@ def test_a_list_of_generators_is_checked_with_as_many() -> None:
     plan.undo(pipe)
 
 
+def test_a_pipeline_that_writes_into_the_prompts_it_is_given_can_be_called_again() -> None:
+    case = FAMILIES["sd15"]
+    pipe = case.build()
+
+    class Writes(type(pipe)):
+        @wraps(type(pipe).__call__)
+        def __call__(self, prompt: Any, **others: Any) -> Any:
+            for number, text in enumerate(prompt):
+                prompt[number] = "a picture of " + text
+            result = super().__call__(list(prompt), **others)
+            prompt[:] = [[text] for text in prompt]
+            return result
+
+    pipe.__class__ = Writes
+    inputs = {**case.inputs(pipe), "prompt": ["a", "b"]}
+    plan = autoplan(pipe, batch_size=2, inputs=inputs, device="cpu", calibrate="never", fix=UNCOMPILED)
+    assert plan.measured is not None
+    assert inputs["prompt"] == ["a", "b"]
+    plan.run(pipe, **inputs)
+    plan.undo(pipe)
+
+
 def test_explain_of_a_live_pipeline_without_any_inputs() -> None:
     plan = explain(FAMILIES["sd15"].build(), batch_size=2, height=32, width=32, num_inference_steps=3, calibrate="never")
     assert plan.workload.batch_size == 2
