@@ -165,9 +165,11 @@ def _replace(pipe: Any, inputs: Mapping[str, Any], tried: int) -> None:
 
     Raises:
         NoFeasiblePlan: none is left, or too many were tried; the pipeline is as it was.
+        ApplyError: something was loaded into the pipeline meanwhile; the plan stays in force.
     """
     from planner.session import Session
 
+    _keep_what_was_loaded(pipe, "out of memory: another plan would need the pipeline as it was")
     current = in_force(pipe)
     assert current is not None
     failed, session = current.plan, current.session
@@ -189,6 +191,17 @@ def _replace(pipe: Any, inputs: Mapping[str, Any], tried: int) -> None:
             raise
         release(error)
         _next_that_applies(replacement, session, pipe, tried, current.asked)
+
+
+def _keep_what_was_loaded(pipe: Any, why: str) -> None:
+    """Going back would take away what was loaded after the plan was applied, so the user is asked to do it in the right order."""
+    from planner.watch import changed_components
+
+    changed = changed_components(pipe)
+    if changed:
+        raise ApplyError(
+            f"{why}, but {', '.join(changed)} changed after the plan was applied (a LoRA or adapter?), which going back would lose. "
+            "Unload it, plan.undo(pipe), load it again, and plan for it: autoplan(pipe).")  # fmt: skip
 
 
 def _tell(failed: Plan, replacement: Plan, evidence: Evidence) -> None:
@@ -218,6 +231,7 @@ def replan(plan: Plan, pipe: Any, inputs: Mapping[str, Any]) -> Plan:
     from planner.autoplan import autoplan
     from planner.dryrun.inputs import batch_argument, batch_of
 
+    _keep_what_was_loaded(pipe, "planning again needs the pipeline as it was")
     current = in_force(pipe)
     session = current.session if current is not None else None
     given = (session.inputs if session is not None else {}) | dict(inputs)

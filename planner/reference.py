@@ -156,7 +156,10 @@ def smaller_calls(pipe: Any, workload: Workload, inputs: Mapping[str, Any]) -> I
         arguments["num_inference_steps"] = min(int(arguments.get("num_inference_steps") or few), few)
     yield arguments
     for halvings in range(1, HALVINGS + 1):
-        yield arguments | _halved(pipe, workload, arguments, 1 << halvings)
+        smaller = _halved(pipe, workload, arguments, 1 << halvings)
+        if not smaller:  # nothing in the call says how large its output is
+            return
+        yield arguments | smaller
 
 
 def _halved(pipe: Any, workload: Workload, arguments: Mapping[str, Any], factor: int) -> dict[str, Any]:

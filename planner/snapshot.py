@@ -298,6 +298,8 @@ def _restore_module(state: _Module) -> None:
             place(known.tensor, known.device)
         if tuple(known.tensor.stride()) != known.stride and known.tensor.dtype == known.dtype:
             known.tensor.data = _restrided(known)
+        if known.tensor.requires_grad != known.requires_grad:
+            known.tensor.requires_grad_(known.requires_grad)
 
 
 def _restrided(known: _Tensor) -> torch.Tensor:

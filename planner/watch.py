@@ -31,6 +31,15 @@ def module_counts(pipe: Any) -> dict[str, int]:
     return {name: sum(1 for _ in module.modules()) for name, module in pipeline_modules(pipe).items()}
 
 
+def changed_components(pipe: Any) -> list[str]:
+    """Names of components whose modules are not those that the plan in force left there."""
+    from planner.force import in_force
+
+    current, now = in_force(pipe), module_counts(pipe)
+    before = current.modules if current is not None else now
+    return sorted(name for name in now.keys() | before.keys() if now.get(name) != before.get(name))
+
+
 def _sizes(plan: Plan, pipe: Any, inputs: Mapping[str, Any]) -> list[str]:
     from planner.dryrun.inputs import batch_argument, batch_of, call_parameters
 
@@ -56,10 +65,8 @@ def _components(plan: Plan, pipe: Any) -> list[str]:
     from planner.force import in_force
     from planner.models.live import live_digest
 
-    current = in_force(pipe)
-    if current is not None:
-        now = module_counts(pipe)
-        changed = sorted(name for name in now.keys() | current.modules.keys() if now.get(name) != current.modules.get(name))
+    if in_force(pipe) is not None:
+        changed = changed_components(pipe)
         return [f"{', '.join(changed)} changed after the plan was applied (a LoRA or adapter?)"] if changed else []
     if plan._recall() is pipe and live_digest(pipe) != plan.digest:  # a plan from a file may be of a folder
         return ["the pipeline is not as it was when the plan was made (a LoRA, another component, dtype or processor?)"]

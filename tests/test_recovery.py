@@ -246,6 +246,13 @@ def test_changed_inputs_and_components_are_noticed_once(sim: Any, family: str, c
     untouched.pipe.transformer.proj_out.lora_A = torch.nn.Linear(2, 2)
     try:
         assert plan.changes_since(untouched.pipe, **inputs) == ["transformer changed after the plan was applied (a LoRA or adapter?)"]
+        sim.memory.other_process_bytes = sim.memory.total_bytes - 20 * KIB
+        for again in (plan.replan, plan.run):
+            with pytest.raises(ApplyError, match=r"transformer changed after .* which going back would lose. Unload it"):
+                again(untouched.pipe, **inputs)
+        sim.memory.other_process_bytes = 0
+        assert in_force(untouched.pipe) is not None
+        assert untouched.pipe.transformer.proj_out.lora_A is not None
     finally:
         del untouched.pipe.transformer.proj_out.lora_A
     plan.undo(untouched.pipe)
