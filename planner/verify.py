@@ -169,14 +169,18 @@ def run_seeded(pipe: Any, inputs: Mapping[str, Any], call: Callable[[dict[str, A
     from planner.dryrun.inputs import call_parameters
     from planner.noise import one_noise_for_all_dtypes
 
-    seeded = own_lists(inputs)
-    if "generator" in call_parameters(pipe):
-        given = inputs.get("generator")
-        fresh = [torch.Generator("cpu").manual_seed(seed) for seed in range(len(given) if isinstance(given, list | tuple) else 1)]
-        seeded["generator"] = fresh if isinstance(given, list | tuple) else fresh[0]
+    given = inputs.get("generator")
+    fresh = [torch.Generator("cpu").manual_seed(seed) for seed in range(len(given) if isinstance(given, list | tuple) else 1)]
+    seed = {"generator": fresh if isinstance(given, list | tuple) else fresh[0]} if "generator" in call_parameters(pipe) else {}
     with torch.random.fork_rng(devices=[]), one_noise_for_all_dtypes():
         torch.manual_seed(0)
-        return call(seeded)
+        try:
+            return call(own_lists(inputs) | seed)
+        except ValueError as error:
+            if given is not None or "generator" not in str(error):
+                raise
+        torch.manual_seed(0)  # it wants a generator per sample, or none
+        return call(own_lists(inputs))
 
 
 # -- outputs ----------------------------------------------------------------------------------------------------------
