@@ -483,6 +483,7 @@ def test_facts_refuse_what_is_no_pipeline() -> None:
         (lambda pipe: pipe.unet.conv_in.weight.data.mul_(2), "its bits changed"),
         (lambda pipe: pipe.unet.register_forward_hook(lambda *a: None), "unet._forward_hooks"),
         (lambda pipe: setattr(pipe, "_all_hooks", []), "pipe._all_hooks"),
+        (lambda pipe: pipe.unet.conv_in.weight.requires_grad_(False), "requires_grad was True, is False"),
         (lambda pipe: setattr(pipe.vae, "use_tiling", True), "vae.use_tiling"),
         (lambda pipe: setattr(pipe.unet.conv_in, "weight", torch.nn.Parameter(pipe.unet.conv_in.weight.data)), "object"),
         (lambda pipe: setattr(pipe, "scheduler", type(pipe.scheduler)()), "pipe.scheduler"),
