@@ -124,7 +124,9 @@ class Pricing:
     _trace_axes: tuple[str, ...] = field(init=False)
     _placement_axes: tuple[str, ...] = field(init=False)
     _locals: dict[object, list[_Local]] = field(default_factory=dict)
-    _bests: dict[object, _Local] = field(default_factory=dict)
+    _placed: dict[object, tuple[PipelineTrace, Residency]] = field(default_factory=dict)
+    _wheres: dict[tuple[str, ...], tuple[str, ...]] = field(default_factory=dict)
+    """Of the axes that are asked with, those that decide trace and residency."""
     _ruled: dict[object, tuple[Rule, ...]] = field(default_factory=dict)
     _indices: dict[object, tuple[int, ...]] = field(default_factory=dict)
 
@@ -158,8 +160,16 @@ class Pricing:
 
     def _at(self, axes: tuple[str, ...], chosen: Assignment) -> tuple[Recipe, PipelineTrace, Residency]:
         recipe = self.recipes.of(axes, chosen)
-        trace = self.trace(recipe)
-        return recipe, trace, self.model.residency(trace, recipe)
+        if axes not in self._wheres:
+            deciding = {*self._trace_axes, *self._placement_axes, *self.recipes.changing(VAE)}
+            self._wheres[axes] = tuple(axis for axis in axes if axis in deciding)
+        where = self._wheres[axes]
+        key = (where, *map(chosen.__getitem__, where))
+        known = self._placed.get(key)
+        if known is None:
+            trace = self.trace(recipe)
+            known = self._placed[key] = trace, self.model.residency(trace, recipe)
+        return recipe, *known
 
     def _around(self, axes: tuple[str, ...]) -> Callable[[Assignment], Demand]:
         def price(chosen: Assignment) -> Demand:
@@ -215,64 +225,67 @@ class Pricing:
 
     def _floor(self, name: str, axes: tuple[str, ...], own: tuple[str, ...]) -> Callable[[Assignment], Demand]:
         """The cheapest local choice that is still open, what stays resident, and what must be copied."""
-        placement = {*self._trace_axes, *self._placement_axes}
-        weights = set(self.recipes.changing(frozenset({"weights", "only"})))
-        vae_axes = set(self.recipes.changing(VAE)) & set(axes)
+        weights = self.recipes.changing(frozenset({"weights", "only"}))
+        asked = {axis for rule in self._rules_of(own) for axis in rule.axes}
+        deciding = self._ordered({*own, *asked, *self._trace_axes, *weights})
+        placing = self._ordered({*self._trace_axes, *self._placement_axes})
+        vae_axes = tuple(axis for axis in self.recipes.changing(VAE) if axis in axes)
+        bests: dict[object, tuple[_Local, int] | None] = {}
+        places: dict[object, tuple[int, float]] = {}
 
         def floor(partial: Assignment) -> Demand:
-            if any(name not in partial for name in (*self._trace_axes, *weights)):
+            get = partial.get
+            if any(get(axis) is None for axis in (*self._trace_axes, *weights)):
                 return NOTHING
-            here = tuple(axis for axis in axes if axis in partial)
-            recipe = self.recipes.of(here, partial)
-            trace = self.trace(recipe)
-            indices = self._calls_of(trace, name)
-            if not indices:
+            key = tuple(map(get, deciding))
+            if key not in bests:
+                bests[key] = self._cheapest(name, own, deciding, partial)
+            if (best := bests[key]) is None:
                 return NOTHING
-            local = self._cheapest(name, own, recipe, trace, indices, partial)
-            if any(axis not in partial for axis in placement):
-                return Demand(0, _at_most(recipe.calls * local.compute_seconds), _at_most(local.setup_seconds))
-            settled = vae_axes <= partial.keys()
-            peak, copied = self._placed_floor(trace, indices, recipe, settled)
-            return Demand(peak, _at_most(recipe.calls * (local.compute_seconds + copied)), _at_most(local.setup_seconds))
+            local, calls = best
+            where, peak, copied = tuple(map(get, (*placing, *vae_axes))), 0, 0.0
+            if None not in where[: len(placing)]:
+                if where not in places:
+                    places[where] = self._placed_floor(name, (*placing, *vae_axes), partial)
+                peak, copied = places[where]
+            return Demand(peak, _at_most(calls * (local.compute_seconds + copied)), _at_most(local.setup_seconds))
 
         return floor
 
-    def _placed_floor(self, trace: PipelineTrace, indices: tuple[int, ...], recipe: Recipe, settled: bool) -> tuple[int, float]:
-        """Bytes that any choice of local axes needs, and seconds that copies add at least. ``settled``: the VAE's mode is known."""
-        model, placed = self.model, self.model.residency(trace, recipe)
+    def _placed_floor(self, name: str, axes: tuple[str, ...], partial: Assignment) -> tuple[int, float]:
+        """Bytes that any choice of local axes needs, and seconds that copies add at least."""
+        settled = all(axis in partial for axis in axes)
+        recipe, trace, placed = self._at(tuple(axis for axis in axes if axis in partial), partial)
+        model = self.model
         counts, helds = model.held(trace)
         peak, copied = 0, 0.0
-        for index in indices:
+        for index in self._calls_of(trace, name):
             variants = (model.variant(trace, index, recipe),) if settled else _variants(trace, index)
             running = min(model.least_running_bytes(call, placed.window[index]) for call in variants)
             peak = max(peak, placed.resident_bytes[index] + helds[index] + running)
             copied += transfer_seconds(placed, index, counts[index], NEVER, model.device, model.coefficients, recipe)
         return peak, copied
 
-    def _cheapest(self, name: str, own: tuple[str, ...], recipe: Recipe, trace: PipelineTrace, indices: tuple[int, ...],
-                  partial: Assignment) -> _Local:  # fmt: skip
-        """The local choice of least cost among those that agree with what is decided."""
-        key = (name, self.model.key(trace), *(partial[axis] for axis in own if axis in partial), *(axis for axis in own if axis in partial),
-               tuple(sorted(recipe.weights.items())), recipe.calls, self._beside(own, partial))  # fmt: skip
-        known = self._bests.get(key)
-        if known is None:
-            wanted = [(place, partial[axis]) for place, axis in enumerate(own) if axis in partial]
-            open_ = [each for each in self._all_locals(name, own, recipe, trace, indices, partial)
-                     if all(each.values[place] == value for place, value in wanted)]  # fmt: skip
-            rules = [rule for rule in self._rules_of(own) if not set(own).issuperset(rule.axes)]
-            known = self._bests[key] = min(_allowed(open_, own, rules, partial), key=lambda each: self._weigh(each, recipe.calls))
-        return known
+    def _cheapest(self, name: str, own: tuple[str, ...], deciding: tuple[str, ...], partial: Assignment) -> tuple[_Local, int] | None:
+        """The local choice of least cost among those that agree with what is decided, and calls per batch; None: never called."""
+        here = tuple(axis for axis in deciding if axis in partial)
+        recipe = self.recipes.of(here, partial)
+        trace = self.trace(recipe)
+        indices = self._calls_of(trace, name)
+        if not indices:
+            return None
+        wanted = [(place, partial[axis]) for place, axis in enumerate(own) if axis in partial]
+        open_ = [each for each in self._all_locals(name, own, recipe, trace, indices, partial)
+                 if all(each.values[place] == value for place, value in wanted)]  # fmt: skip
+        rules = [rule for rule in self._rules_of(own) if set(rule.axes).issubset({*own, *here}) and not set(own).issuperset(rule.axes)]
+        found = _allowed(open_, own, rules, partial)
+        return min(found, key=lambda each: self._weigh(each, recipe.calls)), recipe.calls
 
     def _rules_of(self, own: tuple[str, ...]) -> tuple[Rule, ...]:
         """Rules that forbid choices of these axes, alone or together with others."""
         if own not in self._ruled:
             self._ruled[own] = tuple(rule for rule in self.rules if set(rule.axes) & set(own))
         return self._ruled[own]
-
-    def _beside(self, own: tuple[str, ...], partial: Assignment) -> tuple[Value | None, ...]:
-        """What is decided of the other axes that those rules ask about."""
-        names = sorted({name for rule in self._rules_of(own) for name in rule.axes} - set(own))
-        return tuple(partial.get(name) for name in names)
 
     def _weigh(self, local: _Local, calls: int) -> float:
         seconds = calls * local.compute_seconds
@@ -288,29 +301,31 @@ class Pricing:
         if known is None:
             domains = {axis.name: axis.values for axis in self.recipes.axes}
             choices = [(partial[axis],) if axis in decided else domains[axis] for axis in own]
-            rules = [rule for rule in self._rules_of(own) if set(own).issuperset(rule.axes)]
-            made = product(*choices)
-            allowed = [values for values in made if not any(rule.refuse(dict(zip(own, values, strict=True))) for rule in rules)]
-            known = self._locals[key] = [self._local(own, values, partial, trace, indices) for values in allowed]
+            rules = [rule for rule in self._rules_of(own) if {*own, *decided}.issuperset(rule.axes)]
+            beside = {axis: partial[axis] for axis in decided if axis in partial}
+            allowed = _allowed([_Local(values, 0.0, 0.0) for values in product(*choices)], own, rules, beside)
+            times: dict[object, tuple[CallTime, ...]] = {}
+            known = self._locals[key] = [self._timed(own, each.values, trace, indices, times) for each in allowed]
         return known
 
-    def _local(self, own: tuple[str, ...], values: tuple[Value, ...], partial: Assignment, trace: PipelineTrace,
-               indices: tuple[int, ...]) -> _Local:  # fmt: skip
-        names = tuple(axis.name for axis in self.recipes.axes if axis.name in own or axis.name in self._trace_axes)
-        recipe = self.recipes.of(names, {**partial, **dict(zip(own, values, strict=True))})
+    def _timed(self, own: tuple[str, ...], values: tuple[Value, ...], trace: PipelineTrace, indices: tuple[int, ...],
+               times: dict[object, tuple[CallTime, ...]]) -> _Local:  # fmt: skip
+        """One choice with its time. How many steps are made changes how often a call is made, not its time: ``times`` by the rest."""
+        recipe = self.recipes.of(own, dict(zip(own, values, strict=True)))
+        rest = tuple(value for axis, value in zip(own, values, strict=True) if not self.recipes.changes[axis] <= SHARES)
+        if rest not in times:
+            times[rest] = tuple(self.model.call_seconds(trace, index, recipe) for index in indices)
         compute = setup = 0.0
-        for index in indices:
-            time = self.model.call_seconds(trace, index, recipe)
+        for index, time in zip(indices, times[rest], strict=True):
             compute += self.model.compute_seconds(trace, index, time, recipe)
             setup += self.model.compile_seconds(trace, index, time, recipe)
         return _Local(values, compute, setup)
 
 
-def _allowed(found: list[_Local], own: tuple[str, ...], rules: list[Rule], partial: Assignment) -> list[_Local]:
-    """Those that no rule forbids beside what is decided; rules that ask about more are left to the search."""
-    asked = [rule for rule in rules if all(name in partial or name in own for name in rule.axes)]
-    full = [{**partial, **dict(zip(own, each.values, strict=True))} for each in found]
-    return [each for each, values in zip(found, full, strict=True) if not any(rule.refuse(values) for rule in asked)] or found
+def _allowed(found: list[_Local], own: tuple[str, ...], rules: list[Rule], beside: Assignment) -> list[_Local]:
+    """Those that no rule forbids beside what is decided; all, where the rules leave none."""
+    full = [{**beside, **dict(zip(own, each.values, strict=True))} for each in found]
+    return [each for each, values in zip(found, full, strict=True) if not any(rule.refuse(values) for rule in rules)] or found
 
 
 def _variants(trace: PipelineTrace, index: int) -> tuple[CallTrace, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
 
+from planner.cost.condense import repeats
 from planner.cost.quantized import IMMOVABLE, fused_bytes, leaf_bytes
 from planner.cost.windows import Passage, WindowPlan, tied_bytes, window_plan
 from planner.dryrun.trace import CallTrace, Ints, PipelineTrace, VaeMode
@@ -39,14 +40,39 @@ class Residency:
     extra: Mapping[str, int] = field(default_factory=dict)
 
 
+@dataclass(frozen=True, slots=True)
+class Events:
+    """What a trace's events say of weights. ``upcast_bytes``: per distinct call, what the running component weighs above its
+    bytes at rest (an upcast VAE). ``counts``: how often each distinct call is made."""
+
+    trace: PipelineTrace
+    resting: dict[str, int]
+    upcast_bytes: tuple[int, ...]
+    counts: tuple[int, ...]
+    calls_of: dict[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class _Moved:
+    """What one moving component adds. ``calls``: index, window, bytes onloaded and offloaded and modules moved, by distinct call."""
+
+    fixed_bytes: int
+    pinned_bytes: int
+    calls: tuple[tuple[int, Ints, int, int, int], ...]
+
+
 @dataclass(slots=True)
 class Known:
     """What was found out about one pipeline's traces, whatever the device: most recipes treat most components alike."""
 
     totals: dict[object, int] = field(default_factory=dict)
     plans: dict[object, WindowPlan] = field(default_factory=dict)
-    passages: dict[object, tuple[CallTrace, Passage]] = field(default_factory=dict)
-    """Kept with the call, so that its id stays its own."""
+    passages: dict[object, Passage] = field(default_factory=dict)
+    orders: dict[int, tuple[CallTrace, int]] = field(default_factory=dict)
+    """By id of a call: the number of the order in which its modules run, which calls of other dtypes and batches share."""
+    numbers: dict[object, int] = field(default_factory=dict)
+    events: dict[int, Events] = field(default_factory=dict)
+    moved: dict[object, _Moved] = field(default_factory=dict)
     residencies: dict[object, Residency] = field(default_factory=dict)
     condensed: dict[int, tuple[CallTrace, Ints]] = field(default_factory=dict)
     held: dict[int, tuple[list[int], list[int], int]] = field(default_factory=dict)
@@ -57,7 +83,8 @@ class Known:
 
 def component_bytes(facts: PipelineFacts, trace: PipelineTrace, recipe: Recipe, known: Known | None = None) -> dict[str, int]:
     """Weight bytes of every component at rest, in the trace's dtype, quantized or fused as the recipe says."""
-    known, resting = known or Known(), resting_bytes(facts, trace)
+    known = known or Known()
+    resting = events_of(facts, trace, known).resting
     found = {}
     for part in facts.components:
         key = (part.name, resting[part.name], recipe.weights.get(part.name), fuses(part, recipe))
@@ -106,33 +133,39 @@ def residency(facts: PipelineFacts, trace: PipelineTrace, recipe: Recipe, known:
     known = known or Known()
     sizes = component_bytes(facts, trace, recipe, known)
     if recipe.offload == "model":
-        return _model_offload(facts, trace, sizes, {name for name, scheme in recipe.weights.items() if scheme in IMMOVABLE})
+        immovable = {name for name, scheme in recipe.weights.items() if scheme in IMMOVABLE}
+        return _model_offload(facts, trace, sizes, immovable, events_of(facts, trace, known).upcast_bytes)
     if any(recipe.of(part.name).offload in _WINDOWED for part in facts.components):
         return _windowed(facts, trace, recipe, sizes, known)
-    return _all_resident(facts, trace, sizes)
+    return _all_resident(trace, sizes, events_of(facts, trace, known).upcast_bytes)
 
 
-def _upcast_bytes(trace: PipelineTrace, sizes: Mapping[str, int], recipe_weights: int = 0) -> list[int]:
-    """Per distinct call, what the running component weighs above its bytes at rest (an upcast VAE)."""
-    out = [0] * len(trace.calls)
-    least: dict[str, int] = {}
-    for event in trace.events:
-        name = trace.calls[event.call].component
-        least[name] = min(least.get(name, event.weight_bytes), event.weight_bytes)
-    for event in trace.events:
-        name = trace.calls[event.call].component
-        out[event.call] = max(out[event.call], event.weight_bytes - least[name])
-    return out
+def events_of(facts: PipelineFacts, trace: PipelineTrace, known: Known) -> Events:
+    """What the events of a trace say of weights, read once."""
+    found = known.events.get(id(trace))
+    if found is None:
+        upcast, counts = [0] * len(trace.calls), [0] * len(trace.calls)
+        calls_of: dict[str, tuple[int, ...]] = {}
+        for index, call in enumerate(trace.calls):
+            calls_of[call.component] = (*calls_of.get(call.component, ()), index)
+        resting = resting_bytes(facts, trace)
+        for event in trace.events:
+            least = resting.get(trace.calls[event.call].component, event.weight_bytes)
+            upcast[event.call] = max(upcast[event.call], event.weight_bytes - least)
+            counts[event.call] += 1
+        found = known.events[id(trace)] = Events(trace, resting, tuple(upcast), tuple(counts), calls_of)
+    return found
 
 
-def _all_resident(facts: PipelineFacts, trace: PipelineTrace, sizes: Mapping[str, int]) -> Residency:
+def _all_resident(trace: PipelineTrace, sizes: Mapping[str, int], upcast: tuple[int, ...]) -> Residency:
     total = sum(sizes.values())
-    resident = tuple(total + extra for extra in _upcast_bytes(trace, sizes))
+    resident = tuple(total + extra for extra in upcast)
     none = (0,) * len(trace.calls)
     return Residency(resident, (None,) * len(trace.calls), none, none, none, total, 0, 0)
 
 
-def _model_offload(facts: PipelineFacts, trace: PipelineTrace, sizes: Mapping[str, int], immovable: Set[str]) -> Residency:
+def _model_offload(facts: PipelineFacts, trace: PipelineTrace, sizes: Mapping[str, int], immovable: Set[str],
+                   upcast: tuple[int, ...]) -> Residency:  # fmt: skip
     """accelerate's hook chain: a component that runs sends its predecessor in the chain back and comes over itself.
 
     Source: diffusers ``DiffusionPipeline.enable_model_cpu_offload`` and accelerate ``CpuOffload``. Components outside the
@@ -144,7 +177,6 @@ def _model_offload(facts: PipelineFacts, trace: PipelineTrace, sizes: Mapping[st
     on_device = set(always)
     count = len(trace.calls)
     resident, onload, offload, moves = ([0] * count for _ in range(4))
-    upcast = _upcast_bytes(trace, sizes)
     for event in trace.events:
         name = trace.calls[event.call].component
         before = predecessor.get(name)
@@ -170,36 +202,38 @@ def _model_offload(facts: PipelineFacts, trace: PipelineTrace, sizes: Mapping[st
 
 def _windowed(facts: PipelineFacts, trace: PipelineTrace, recipe: Recipe, sizes: Mapping[str, int], known: Known) -> Residency:
     """Sequential and group offload: what the running component holds moves with the module that runs."""
+    events, mode = events_of(facts, trace, known), vae_mode(recipe)
+    moving = [part for part in facts.components if _moves(facts, part, recipe)]
+    moved = []
+    for part in moving:
+        key = (id(trace), _plan_key(part.name, recipe, events.resting[part.name]), sizes[part.name], mode if part.role == "vae" else None)
+        if key not in known.moved:
+            known.moved[key] = _moved(facts, trace, part, recipe, sizes[part.name], events, known)
+        moved.append(known.moved[key])
     count = len(trace.calls)
-    moving = {part.name: part for part in facts.components if _moves(facts, part, recipe)}
-    resting = resting_bytes(facts, trace)
-    keys = {name: _plan_key(name, recipe, resting[name]) for name in moving}
-    for name in moving:
-        if keys[name] not in known.plans:
-            known.plans[keys[name]] = window_plan(moving[name], recipe, resting[name], name in recipe.only)
-    plans = {name: known.plans[keys[name]] for name in moving}
-    called = {call.component for call in trace.calls}
-    fixed = sum(plan.fixed_bytes for name, plan in plans.items() if name in called or not plan.ahead)
-    base = sum(size for name, size in sizes.items() if name not in moving) + fixed
-    upcast = _upcast_bytes(trace, sizes)
-    windows: list[Ints | None] = []
-    onload, offload, moves, resident = [0] * count, [0] * count, [0] * count, [base] * count
-    for index in range(count):
-        call = variant_of(trace, index, recipe, facts)
-        plan = plans.get(call.component)
-        if plan is None:
-            windows.append(None)
-            resident[index] += upcast[index]
-            continue
-        size = sizes[call.component]
-        passage = _passage(plan, keys[call.component], call, (size + upcast[index]) / size if size else 1.0, known)
-        windows.append(passage.window)
-        times = trace.count(index)
-        onload[index], moves[index] = passage.loaded_bytes * times, passage.moves * times
-        offload[index] = passage.returned_bytes * times
-    host = sum(sizes[name] for name in moving)
-    pinned = sum(plan.pinned_bytes for plan in plans.values())
+    base = sum(sizes.values()) - sum(sizes[part.name] for part in moving) + sum(each.fixed_bytes for each in moved)
+    windows: list[Ints | None] = [None] * count
+    onload, offload, moves = [0] * count, [0] * count, [0] * count
+    resident = [base + upcast for upcast in events.upcast_bytes]
+    for each in moved:
+        for index, windows[index], onload[index], offload[index], moves[index] in each.calls:
+            resident[index] = base  # its window has the upcast in it
+    host, pinned = sum(sizes[part.name] for part in moving), sum(each.pinned_bytes for each in moved)
     return Residency(tuple(resident), tuple(windows), tuple(onload), tuple(offload), tuple(moves), base, host + pinned, pinned)
+
+
+def _moved(facts: PipelineFacts, trace: PipelineTrace, part: ComponentFacts, recipe: Recipe, size: int, events: Events,
+           known: Known) -> _Moved:  # fmt: skip
+    key = _plan_key(part.name, recipe, events.resting[part.name])
+    if key not in known.plans:
+        known.plans[key] = window_plan(part, recipe, events.resting[part.name], part.name in recipe.only)
+    plan, calls = known.plans[key], []
+    for index in events.calls_of.get(part.name, ()):
+        scale = (size + events.upcast_bytes[index]) / size if size else 1.0
+        passage = _passage(plan, key, variant_of(trace, index, recipe, facts), scale, known)
+        times = events.counts[index]
+        calls.append((index, passage.window, passage.loaded_bytes * times, passage.returned_bytes * times, passage.moves * times))
+    return _Moved(plan.fixed_bytes if calls or not plan.ahead else 0, plan.pinned_bytes, tuple(calls))
 
 
 def variant_of(trace: PipelineTrace, index: int, recipe: Recipe, facts: PipelineFacts) -> CallTrace:
@@ -224,10 +258,14 @@ def _plan_key(name: str, recipe: Recipe, size: int) -> tuple[object, ...]:
 
 
 def _passage(plan: WindowPlan, plan_key: object, call: CallTrace, scale: float, known: Known) -> Passage:
-    key = (plan_key, id(call), scale)
+    """Nothing but the order of the modules decides, so one simulation serves most dtypes and shares of a batch."""
+    if id(call) not in known.orders:
+        order = call.method, call.modules, call.module.tobytes(), repeats(call).tobytes()
+        known.orders[id(call)] = call, known.numbers.setdefault(order, len(known.numbers))
+    key = (plan_key, known.orders[id(call)][1], scale)
     if key not in known.passages:
-        known.passages[key] = call, plan.over(call, scale)
-    return known.passages[key][1]
+        known.passages[key] = plan.over(call, scale)
+    return known.passages[key]
 
 
 def _moves(facts: PipelineFacts, component: ComponentFacts, recipe: Recipe) -> bool:
