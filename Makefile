@@ -22,7 +22,7 @@ help:
 
 # A stamp rather than the interpreter: an environment whose making was interrupted is completed.
 $(VENV)/.created:
-	@$(or $(PYTHON),false) -c '$(FITS)' || { echo "planner needs Python 3.11 to 3.13; $(or $(PYTHON),none) was found;" \
+	@$(or $(PYTHON),false) -c '$(FITS)' || { echo "planner needs Python 3.11 to 3.13; $(or $(PYTHON),none that was found) is not one;" \
 	"name one: make PYTHON=/path/to/python3.12 ..." >&2; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	@touch $@

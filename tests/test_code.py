@@ -27,9 +27,13 @@ CPU = Device(
     bandwidth_bytes_per_second=1e10,
 )  # fmt: skip
 TRIED = ("sd15", "sdxl", "sd3", "flux", "pixart_sigma", "aura_flow", "wan21_t2v", "kandinsky22")
+NOT_COMPARED = {
+    "dit": "with nothing changed, two runs differ by 1e-7 in the last bits; not understood",
+    "unclip": "its call takes no number of steps, which every workload here names",
+}
 LEFT_OUT = ("compile", "channels_last", "quantization")
 SAMPLES = 5
-"""Random combinations per family."""
+"""Random combinations of each of these; every other family that can be compared gets one."""
 
 
 def context(facts: PipelineFacts, batch: int) -> Context:
@@ -43,12 +47,12 @@ def plan_with(facts: PipelineFacts, settings: dict[str, KnobValue], batch: int) 
                 settings=normalize(settings, where), baseline=defaults(where), predicted=estimate(1, 1))  # fmt: skip
 
 
-def combinations(facts: PipelineFacts, batch: int, seed: str) -> list[dict[str, KnobValue]]:
+def combinations(facts: PipelineFacts, batch: int, seed: str, wanted: int = SAMPLES) -> list[dict[str, KnobValue]]:
     """Random settings that no rule forbids. Compilers take minutes each; the others left out have tests of their own below."""
     where, chance = context(facts, batch), random.Random(seed)
     choices = {each.name: each.values(where) for each in KNOBS if each.name not in LEFT_OUT}
     found: list[dict[str, KnobValue]] = []
-    while len(found) < SAMPLES:
+    while len(found) < wanted:
         settings = {name: chance.choice(values) for name, values in choices.items() if chance.random() < 0.5}
         if not violations(settings, where):
             found.append(settings)
@@ -57,13 +61,13 @@ def combinations(facts: PipelineFacts, batch: int, seed: str) -> list[dict[str, 
 
 def state(pipe: Any) -> Any:
     facts = read_facts(pipe)
-    return facts, [type(part).__name__ for part in pipe.components.values()], dict(pipe.scheduler.config)
+    return facts, [type(part).__name__ for part in pipe.components.values()], dict(getattr(pipe, "scheduler", pipe).config)
 
 
 def inputs_of(family: str, pipe: Any, batch: int) -> dict[str, Any]:
     """The family's own call, without what the plan says: steps and the number of samples."""
     given = FAMILIES[family].inputs(pipe)
-    if read_facts(pipe).batch_argument is None:
+    if read_facts(pipe).batch_argument is None and "prompt" in given:
         given["prompt"] = [PROMPT] * batch
     return {name: value for name, value in given.items() if name not in ("num_inference_steps", "num_images_per_prompt")}
 
@@ -73,23 +77,34 @@ def inputs_of(family: str, pipe: Any, batch: int) -> dict[str, Any]:
 def test_code_does_what_the_plan_does(family: str) -> None:
     facts = read_facts(FAMILIES[family].build())
     for settings in combinations(facts, 2, family):
-        assert_same(family, facts, settings, 2)
+        assert assert_same(family, facts, settings, 2)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", sorted(FAMILIES.keys() - {*TRIED, *NOT_COMPARED}))
+def test_code_does_what_the_plan_does_in_every_family(family: str) -> None:
+    """One sample, and the first of four combinations that the pipeline's own code runs with: the dry run refuses the others."""
+    facts = read_facts(FAMILIES[family].build())
+    assert any(assert_same(family, facts, settings, 1) for settings in combinations(facts, 1, family, 4))
 
 
 def test_code_of_channels_last_does_what_the_plan_does() -> None:
-    assert_same("sd15", read_facts(FAMILIES["sd15"].build()), {"channels_last": True}, 2)
+    assert assert_same("sd15", read_facts(FAMILIES["sd15"].build()), {"channels_last": True}, 2)
 
 
 def test_code_of_dtype_does_what_the_plan_does_to_rotary_buffers() -> None:
-    assert_same("qwen_image", read_facts(FAMILIES["qwen_image"].build()), {"dtype": "bf16"}, 2)
+    assert assert_same("qwen_image", read_facts(FAMILIES["qwen_image"].build()), {"dtype": "bf16"}, 2)
 
 
 def test_code_of_quantization_does_what_the_plan_does() -> None:
-    assert_same("wan21_t2v", read_facts(FAMILIES["wan21_t2v"].build()), {"quantization": "transformer=fp8wo"}, 2)
+    assert assert_same("wan21_t2v", read_facts(FAMILIES["wan21_t2v"].build()), {"quantization": "transformer=fp8wo"}, 2)
 
 
-def assert_same(family: str, facts: PipelineFacts, settings: dict[str, KnobValue], batch: int) -> None:
-    """The plan on one pipeline, the code on another of the same weights: same state, same output to the last bit."""
+def assert_same(family: str, facts: PipelineFacts, settings: dict[str, KnobValue], batch: int) -> bool:
+    """The plan on one pipeline, the code on another of the same weights: same state, same output to the last bit.
+
+    False where the pipeline does not run with these settings; then it must not run with the code either.
+    """
     plan = plan_with(facts, settings, batch)
     code = render(plan, facts)
     ours, theirs = FAMILIES[family].build(), FAMILIES[family].build()
@@ -102,13 +117,19 @@ def assert_same(family: str, facts: PipelineFacts, settings: dict[str, KnobValue
         plan.apply(ours)
         assert read_switches() | {"attention_backend": None} == after_code | {"attention_backend": None}, code
         assert state(theirs) == state(ours), code
-        with seeded():
-            expected = plan.run(ours, **inputs_of(family, ours, batch), **_steps(plan))
+        try:
+            with seeded():
+                expected = plan.run(ours, **inputs_of(family, ours, batch), **_steps(plan))
+        except (RuntimeError, TypeError, ValueError) as error:
+            with seeded(), pytest.raises(type(error)):
+                names["generate"](**inputs_of(family, theirs, batch))
+            return False
         with seeded():
             got = names["generate"](**inputs_of(family, theirs, batch))
         first = getattr(expected, FAMILIES[family].output)
         second = got if isinstance(got, list) else getattr(got, FAMILIES[family].output)
         assert np.array_equal(as_array(first), as_array(second)), code
+        return True
     finally:
         if in_force(ours) is not None:
             plan.undo(ours)

@@ -146,7 +146,7 @@ class Attention(Knob):
         if value == "sliced":
             return ("pipe.enable_attention_slicing()",)
         if value == "vanilla":
-            return tuple(_vanilla_statement(component) for component in _vanilla(context))
+            return tuple(line for component in _vanilla(context) for line in _vanilla_statements(component))
         names = [component.name for component in _denoisers(context) if component.attention_dispatcher[0]]
         if names:
             return tuple(f'pipe.{name}.set_attention_backend("{value}")' for name in names)
@@ -161,9 +161,16 @@ def _vanilla(context: Context) -> list[ComponentFacts]:
     return [component for component in _denoisers(context) if VANILLA.keys() & set(component.attention_processors)]
 
 
-def _vanilla_statement(component: ComponentFacts) -> str:
-    plain = next(VANILLA[name] for name in component.attention_processors if name in VANILLA)
-    return f"pipe.{component.name}.set_attn_processor(diffusers.models.attention_processor.{plain}())"
+def _vanilla_statements(component: ComponentFacts) -> list[str]:
+    """Module by module: not every class that has such processors has ``set_attn_processor``."""
+    home = "diffusers.models.attention_processor"
+    return [
+        f"for module in pipe.{component.name}.modules():\n"
+        f'    if isinstance(getattr(module, "processor", None), {home}.{name}):\n'
+        f"        module.set_processor({home}.{VANILLA[name]}())"
+        for name in dict.fromkeys(component.attention_processors)
+        if name in VANILLA
+    ]
 
 
 def _refuse_backend(name: str, backend: Backend, context: Context) -> str | None:
