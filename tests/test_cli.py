@@ -8,6 +8,7 @@ import os
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +16,9 @@ import pytest
 
 import planner
 from planner import cli
-from planner.errors import HardwareError, NoFeasiblePlan
+from planner.errors import HardwareError, NoFeasiblePlan, UsageError
 from planner.plan import Plan
+from planner.units import parse_bytes
 
 from .golden.cases import alternative, estimate, offloaded, untouched
 
@@ -240,6 +242,17 @@ def test_several_cards_are_compared(capsys: pytest.CaptureFixture[str], monkeypa
     code, out, _ = run(capsys, "explain", "stable-diffusion-xl", "--gpu", "T4", "--gpu", "A100")
     assert code == 0
     assert [line.split()[0] for line in out.splitlines()] == ["stable-diffusion-xl", "GPU", "Tesla", "A100-SXM4-80GB"]
+
+
+def test_workers_keep_the_order_and_pass_errors_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1}, raising=False)
+    with cli._workers(3) as spread:
+        assert getattr(spread, "__self__", None) is not None, "not a pool's"
+        assert list(spread(str.upper, ["a", "b", "c"])) == ["A", "B", "C"]  # type: ignore[arg-type, list-item, comparison-overlap]
+        with pytest.raises(UsageError, match="is not a size"):
+            list(spread(partial(parse_bytes, what="budget"), ["12gb?"]))  # type: ignore[arg-type]
+    with cli._workers(1) as spread:
+        assert spread is map
 
 
 # -- plan files -------------------------------------------------------------------------------------------------------
