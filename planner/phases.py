@@ -230,12 +230,13 @@ class Pricing:
         deciding = self._ordered({*own, *asked, *self._trace_axes, *weights})
         placing = self._ordered({*self._trace_axes, *self._placement_axes})
         vae_axes = tuple(axis for axis in self.recipes.changing(VAE) if axis in axes)
+        needed = (*self._trace_axes, *weights)
         bests: dict[object, tuple[_Local, int] | None] = {}
         places: dict[object, tuple[int, float]] = {}
 
         def floor(partial: Assignment) -> Demand:
             get = partial.get
-            if any(get(axis) is None for axis in (*self._trace_axes, *weights)):
+            if None in map(get, needed):
                 return NOTHING
             key = tuple(map(get, deciding))
             if key not in bests:

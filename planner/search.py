@@ -237,7 +237,8 @@ class Solver:
             tuple(n for n in self.shared if n in phase.axes or any(n in rule.axes for rule in rules))
             for phase, rules in zip(self._phases, self._private_rules, strict=True)
         )
-        self._touched = tuple(tuple(i for i, phase in enumerate(self._phases) if name in phase.axes) for name in self.shared)
+        bounded = [(place, phase) for place, phase in enumerate(self._phases) if phase.floor is not None]
+        self._touched = tuple(tuple(place for place, phase in bounded if name in phase.axes) for name in self.shared)
         self._stock_depth = max((depth[name] for name in problem.stock.axes), default=-1) if problem.stock else -1
 
     def best(self, limits: Limits = NO_LIMITS, fixed: Assignment | None = None) -> Candidate | None:
@@ -480,7 +481,7 @@ class Solver:
 
     def _price(self, place: int, assignment: Assignment) -> Demand:
         phase = self._phases[place]
-        key = (place, *(assignment[name] for name in phase.axes))
+        key = (place, *map(assignment.__getitem__, phase.axes))
         known = self._prices.get(key)
         if known is None:
             self.evaluations += 1
@@ -491,7 +492,7 @@ class Solver:
         phase = self._phases[place]
         if phase.floor is None:
             return NOTHING
-        key = (place, *(partial.get(name) for name in phase.axes))
+        key = (place, *map(partial.get, phase.axes))
         known = self._floors.get(key)
         if known is None:
             known = self._floors[key] = phase.floor(partial)

@@ -59,7 +59,8 @@ class WindowPlan:
             return Passage(np.zeros(0, np.int64), 0, 0, 0)
         starts = _runs(call.module)
         order = call.module[starts]
-        chains = [self._chain(path, call.method) for path in call.modules]
+        known: dict[str, Chain] = {}
+        chains = [self._chain(path, call.method, known) for path in call.modules]
         visited = [chains[module] for module in order]
         passes = self._passes([call.modules[module] for module in order])
         if self.ahead and (call.method == "forward" or self.nested):
@@ -75,15 +76,13 @@ class WindowPlan:
             returned += times * sum(size for number, size in units if self.returning is None or number in self.returning)
         return Passage((window * scale).astype(np.int64), round(loaded * scale), round(returned * scale), moves)
 
-    def _chain(self, path: str, method: str) -> Chain:
+    def _chain(self, path: str, method: str, known: dict[str, Chain]) -> Chain:
         """Groups of the module and of all modules around it; the outermost has hooks around its ``forward`` alone."""
-        found: dict[int, int] = {}
-        parts = path.split(".") if path else []
-        for length in range(method not in _THROUGH_FORWARD, len(parts) + 1):
-            unit = self.units.get(".".join(parts[:length]))
-            if unit is not None:
-                found[unit[0]] = unit[1]
-        return tuple(found.items())
+        if path not in known:
+            around = self._chain(path.rpartition(".")[0], method, known) if path else ()
+            unit = self.units.get(path) if path or method in _THROUGH_FORWARD else None
+            known[path] = around if unit is None else tuple({**dict(around), unit[0]: unit[1]}.items())
+        return known[path]
 
     def _passes(self, paths: list[str]) -> list[int]:
         """Per stretch, the number of the call of the named part that it lies in: a decoder may run once per latent frame.
