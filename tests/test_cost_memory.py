@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+from typing import cast
+
 import numpy as np
 import pytest
 
 from planner.cost.allocator import CachingAllocator, replay
+from planner.cost.model import Cost, CostModel
 from planner.cost.quantized import fused_bytes, leaf_bytes
-from planner.cost.reserved import _tensors
+from planner.cost.reserved import _tensors, lodged_bytes
 from planner.cost.workspace import attention_bytes, convolution_bytes, operator_bytes, operator_pieces
 from planner.dryrun.trace import DTYPE_CODES, CallTrace, Kind
 from planner.facts import ComponentFacts, Leaf
@@ -89,6 +93,15 @@ def test_scores_and_probabilities_are_blocks_of_their_own() -> None:
     allocator.free(held)
     replay(allocator, call, pieces)
     assert allocator.peak_reserved_bytes < (600 + 512 + 64) * MIB, "one of them lies in the block that was free"
+
+
+def test_a_cached_score_matrix_may_be_lodged_in() -> None:
+    """Published reserved bytes of one job differ by one such matrix; kernels that keep none have no such doubt."""
+    call = one(Kind.ATTENTION, "fp16", (2, 8, 4096, 4096, 40, 40, 0, 8))
+    cost = cast(Cost, SimpleNamespace(trace=None, phases=[SimpleNamespace(call=0)]))
+    model = cast(CostModel, SimpleNamespace(device=H100, variant=lambda *_: call, role=lambda _: "denoiser"))
+    assert lodged_bytes(model, Recipe(attention="vanilla"), cost) == 512 * MIB
+    assert lodged_bytes(model, Recipe(), cost) == 0
 
 
 @pytest.mark.parametrize(("names", "added"), [

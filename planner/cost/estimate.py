@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from planner.cost.coefficients import Coefficients
 from planner.cost.model import Cost, CostModel, PhaseCost
-from planner.cost.reserved import replayed, reserved_bytes
+from planner.cost.reserved import lodged_bytes, replayed, reserved_bytes
 from planner.dryrun.trace import Kind
 from planner.recipe import Recipe
 from planner.types import Basis, Bound, Device, Estimate, Phase, Term
@@ -59,6 +59,7 @@ def _reserved(model: CostModel, recipe: Recipe, cost: Cost, detailed: bool) -> t
     if detailed:
         replays = (reserved_bytes(model, recipe, cost), replayed(model, recipe, cost, most=True).peak_bytes)
         likely, most = (max(size, cost.peak_bytes) for size in replays)
+        most += lodged_bytes(model, recipe, cost)
     else:
         likely = most = round(cost.peak_bytes * 1.05)
     upper = max(likely, most) * RESERVED_SPREAD[1]

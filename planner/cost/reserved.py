@@ -13,7 +13,7 @@ from planner.cost.model import Cost, CostModel, PhaseCost, localized
 from planner.cost.quantized import IMMOVABLE, LOADED_ON_DEVICE, fused_bytes, leaf_bytes
 from planner.cost.residency import fuses, resting_bytes
 from planner.cost.windows import tied_bytes
-from planner.cost.workspace import operator_pieces
+from planner.cost.workspace import operator_pieces, score_matrix_bytes
 from planner.dryrun.trace import CallTrace, Ints
 from planner.facts import ComponentFacts
 from planner.recipe import Recipe
@@ -70,6 +70,22 @@ def lacking_bytes(model: CostModel, recipe: Recipe, cost: Cost | None = None) ->
     if device.kind != "cuda" or device.budget_bytes is None or (device.free_bytes is not None and expandable_segments()):
         return 0
     return replayed(model, recipe, cost or model.cost(recipe), device.budget_bytes + device.headroom_bytes).short_bytes
+
+
+def lodged_bytes(model: CostModel, recipe: Recipe, cost: Cost) -> int:
+    """The largest matrix of scores: a tensor that outlives it may come to lie in its cached block, and then a further one is taken.
+
+    Published reserved bytes of one job are apart by just that matrix, from card to card and from batch to batch
+    (LambdaLabsML/lambda-diffusers, runs without xformers).
+    """
+    if model.device.kind != "cuda":
+        return 0
+    most = 0
+    for phase in cost.phases:
+        call = model.variant(cost.trace, phase.call, recipe)
+        local = localized(recipe, model.role(call.component), call.component)
+        most = max(most, int(score_matrix_bytes(call, model.device, local.recipe()).max(initial=0)))
+    return most
 
 
 def expandable_segments() -> bool:

@@ -219,4 +219,4 @@ def score_matrix_bytes(call: CallTrace, device: Device, recipe: Recipe) -> Ints:
 
 
 __all__ = ["Floats", "attention_bytes", "attention_kernel", "convolution_bytes", "dequantization_bytes", "dtype_bytes",
-           "normalization_bytes", "operator_bytes", "operator_pieces", "uses_channels_last_kernels"]  # fmt: skip
+           "normalization_bytes", "operator_bytes", "operator_pieces", "score_matrix_bytes", "uses_channels_last_kernels"]  # fmt: skip
