@@ -263,7 +263,8 @@ def _warnings(model: CostModel, space: Space, chosen: Candidate, predicted: Esti
                      "set PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True, then plan again")  # fmt: skip
     fallbacks = model.trace_for(space.recipe(_plain(chosen.settings))).fallbacks
     if fallbacks:
-        found.append(f"{len(fallbacks)} operations could not be traced exactly: {', '.join(fallbacks[:3])}")
+        count = "1 operation" if len(fallbacks) == 1 else f"{len(fallbacks)} operations"
+        found.append(f"{count} could not be traced exactly: {', '.join(fallbacks[:3])}")
     return found
 
 
