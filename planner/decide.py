@@ -103,9 +103,10 @@ Stage = tuple[dict[str, list[KnobValue]], float]
 def stages(context: Context, request: Request, split_margin: float) -> list[Stage]:
     """Values left out at first, ever fewer of them. Each needs dry runs of its own, and none of them is ever faster.
 
-    Tiling, smaller tiles and splitting the batch only save memory; fp32 saves nothing that 16 bit does not. So when the best
-    plan without them is nearly as fast as the best without a memory limit, they cannot help and need not be traced; a split
-    must win by ``split_margin`` in any case. The last stage leaves nothing out and is for when nothing else fits.
+    Tiling, smaller tiles and splitting the batch only save memory, files only the host's; fp32 saves nothing that 16 bit does
+    not. So when the best plan without them is nearly as fast as the best without a memory limit, they cannot help and need not
+    be traced; a split must win by ``split_margin`` in any case. The last stage leaves nothing out and is for when nothing else
+    fits.
     """
     if request.objective == "memory":
         return [({}, 0.0)]
@@ -115,7 +116,7 @@ def stages(context: Context, request: Request, split_margin: float) -> list[Stag
         return [] if name in fixed else list(knob(name).values(context)[keep:])
 
     half = context.device.kind != "cpu" and context.facts.dtype != "fp32" and "dtype" not in fixed
-    split: dict[str, list[KnobValue]] = {"dtype": ["fp32"] if half else []}
+    split: dict[str, list[KnobValue]] = {"dtype": ["fp32"] if half else [], "offload_disk": beyond("offload_disk")}
     tiles = split | {"batch_split": beyond("batch_split")}
     small = tiles | {"vae_tile": beyond("vae_tile", 2)}
     whole = tiles | {"vae_tiling": beyond("vae_tiling"), "vae_tile": beyond("vae_tile")}

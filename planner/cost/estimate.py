@@ -128,6 +128,10 @@ def _terms(model: CostModel, cost: Cost) -> tuple[Term, ...]:
     if cost.graph_pool_bytes:
         source = "activations of the captured call stay in its pool"
         terms.append(Term(name="CUDA graph pool", bytes=cost.graph_pool_bytes, basis="assumed", source=source))
+    filed = sum(cost.residency.disk_bytes.values())
+    if filed:
+        source = "group offload writes a safetensors file per group (diffusers ModuleGroup)"
+        terms.append(Term(name="weights in files on disk", bytes=filed, basis="datasheet", source=source))
     if coefficients.context_bytes:
         name, source = "context and libraries (not torch's)", coefficients.source("context_bytes")
         terms.append(Term(name=name, bytes=coefficients.context_bytes, basis=coefficients.basis, source=source))

@@ -14,8 +14,8 @@ from planner.facts import ComponentFacts, PipelineFacts
 from planner.recipe import Recipe
 from planner.types import DTYPE_BYTES, DTYPES
 
-_WINDOWED = ("sequential", "group_block", "group_leaf")
-
+_GROUPED = ("group_block", "group_leaf")
+_WINDOWED = ("sequential", *_GROUPED)
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,8 @@ class Residency:
     """On the device between calls of the pipeline."""
     host_bytes: int
     pinned_bytes: int
-    extra: Mapping[str, int] = field(default_factory=dict)
+    disk_bytes: Mapping[str, int] = field(default_factory=dict)
+    """By component: weights that wait in files, not on the host."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,12 +215,22 @@ def _windowed(facts: PipelineFacts, trace: PipelineTrace, recipe: Recipe, sizes:
     base = sum(sizes.values()) - sum(sizes[part.name] for part in moving) + sum(each.fixed_bytes for each in moved)
     windows: list[Ints | None] = [None] * count
     onload, offload, moves = [0] * count, [0] * count, [0] * count
+    filed = {part.name: sizes[part.name] for part in moving if _is_filed(part, recipe)}
     resident = [base + upcast for upcast in events.upcast_bytes]
-    for each in moved:
-        for index, windows[index], onload[index], offload[index], moves[index] in each.calls:
+    pinned = 0
+    for part, each in zip(moving, moved, strict=True):
+        pinned += 0 if part.name in filed else each.pinned_bytes
+        for index, windows[index], onload[index], returned, moves[index] in each.calls:
+            offload[index] = 0 if part.name in filed else returned  # what has a file is dropped
             resident[index] = base  # its window has the upcast in it
-    host, pinned = sum(sizes[part.name] for part in moving), sum(each.pinned_bytes for each in moved)
-    return Residency(tuple(resident), tuple(windows), tuple(onload), tuple(offload), tuple(moves), base, host + pinned, pinned)
+    host = sum(sizes[part.name] for part in moving) - sum(filed.values())
+    return Residency(tuple(resident), tuple(windows), tuple(onload), tuple(offload), tuple(moves), base, host + pinned, pinned, filed)
+
+
+def _is_filed(component: ComponentFacts, recipe: Recipe) -> bool:
+    """Groups whose tensors belong to one module each go to files, and leave nothing on the host (``ModuleGroup._offload_to_disk``)."""
+    own = recipe.of(component.name)
+    return own.offload_disk and own.offload in _GROUPED and not component.tied_weights
 
 
 def _moved(facts: PipelineFacts, trace: PipelineTrace, part: ComponentFacts, recipe: Recipe, size: int, events: Events,

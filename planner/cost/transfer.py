@@ -25,6 +25,8 @@ def transfer_seconds(placed: Residency, index: int, count: int, time: CallTime, 
     own = recipe.of(component)
     each = coefficients.sequential_module_seconds if own.offload == "sequential" else coefficients.onload_module_seconds
     handling = placed.moves[index] * each
+    if component in placed.disk_bytes:  # each group's file is read by the host, which waits for it, on a stream too
+        return onload / min(pageable, coefficients.file_bytes_per_second) + handling
     if not own.offload_stream or own.offload not in ("group_block", "group_leaf"):
         return onload / pageable + offload / min(pageable, coefficients.fresh_bytes_per_second) + handling
     pinned = max(min(link * coefficients.link_share, coefficients.stream_bytes_per_second), pageable)

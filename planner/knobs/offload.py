@@ -144,7 +144,6 @@ class OffloadDisk(Switch):
     """
 
     name = "offload_disk"
-    credited = False  # host memory and time with files are not modelled yet
     stage = 83
     conditional = (UNWRITABLE,)
 
