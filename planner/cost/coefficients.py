@@ -52,8 +52,10 @@ class Coefficients(Frozen):
     pageable_share: Share
     fresh_bytes_per_second: Annotated[float, Field(gt=0)]
     """Copies from the device into host memory allocated for them: its pages are faulted in and zeroed as they are written."""
-    file_bytes_per_second: Annotated[float, Field(gt=0)]
-    """From a safetensors file to the device."""
+    cached_file_bytes_per_second: Annotated[float, Field(gt=0)]
+    """From a safetensors file that the host's memory still holds."""
+    disk_bytes_per_second: Annotated[float, Field(gt=0)]
+    """From a safetensors file that it does not."""
     stream_bytes_per_second: Annotated[float, Field(gt=0)]
     """What group offload's copy stream sustains at most, waits between its units included."""
     onload_module_seconds: Seconds

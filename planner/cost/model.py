@@ -432,7 +432,8 @@ class CostModel:
 
 def _placements(recipe: Recipe) -> tuple[object, ...]:
     """What distinguishes the offload of components with a recipe of their own."""
-    return tuple((name, own.offload, own.offload_stream, own.offload_blocks, own.fused_qkv) for name, own in sorted(recipe.only.items()))
+    return tuple((name, own.offload, own.offload_stream, own.offload_blocks, own.offload_disk, own.fused_qkv)
+                 for name, own in sorted(recipe.only.items()))  # fmt: skip
 
 
 def _live_bytes(call: CallTrace, fused: bool) -> Ints:

@@ -25,11 +25,19 @@ def transfer_seconds(placed: Residency, index: int, count: int, time: CallTime, 
     own = recipe.of(component)
     each = coefficients.sequential_module_seconds if own.offload == "sequential" else coefficients.onload_module_seconds
     handling = placed.moves[index] * each
-    if component in placed.disk_bytes:  # each group's file is read by the host, which waits for it, on a stream too
-        return onload / min(pageable, coefficients.file_bytes_per_second) + handling
-    if not own.offload_stream or own.offload not in ("group_block", "group_leaf"):
+    streams = own.offload_stream and own.offload in ("group_block", "group_leaf")
+    if component in placed.disk_bytes:  # the host reads each group's file and waits for it, on a stream too
+        return onload / min(_file_rate(placed, device, coefficients), link if streams else pageable) + handling
+    if not streams:
         return onload / pageable + offload / min(pageable, coefficients.fresh_bytes_per_second) + handling
     pinned = max(min(link * coefficients.link_share, coefficients.stream_bytes_per_second), pageable)
     copy_each = onload / max(count, 1) / pinned
     first = copy_each / max(placed.moves[index] / max(count, 1), 1)
     return min(max(copy_each + first - time.seconds, first), copy_each) * count + handling
+
+
+def _file_rate(placed: Residency, device: Device, coefficients: Coefficients) -> float:
+    """Files that the host's free memory holds are read once; of more than that, read in turn, none is ever there still."""
+    free = device.host_free_bytes
+    cached = free is None or sum(placed.disk_bytes.values()) + placed.host_bytes <= free
+    return coefficients.cached_file_bytes_per_second if cached else coefficients.disk_bytes_per_second
