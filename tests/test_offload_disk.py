@@ -48,7 +48,8 @@ def test_components_with_tied_weights_stay_in_host_memory(pipe: Any) -> None:
 
 def test_reading_takes_the_disks_time_where_the_host_cannot_hold_the_files() -> None:
     """28 GiB of FLUX in files, 8 steps: the reads of each step come from memory or from the drive."""
-    asked: dict[str, Any] = {"calibrate": "never", "num_inference_steps": 8, "fix": {**BLOCKS, "offload_disk": True}}
+    fixed = {**BLOCKS, "offload_disk": True, "offload_stream": False, "offload_keep": "none"}
+    asked: dict[str, Any] = {"calibrate": "never", "num_inference_steps": 8, "fix": fixed}
     cached = planner.explain("flux.1-dev", "RTX 3060", host_memory="64GiB", **asked).predicted
     read = planner.explain("flux.1-dev", "RTX 3060", host_memory="24GiB", **asked).predicted
     assert read.host_bytes == cached.host_bytes
