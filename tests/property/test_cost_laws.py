@@ -128,7 +128,7 @@ def test_knobs_without_a_credited_gain_never_win(parts: tuple[Part, ...], batch:
                 assert other.setup_seconds >= plain.setup_seconds
 
 
-CREDITED_NOTHING = {"fuse_qkv": (True,), "cudnn_benchmark": (True,), "offload_disk": (True,), "cache": ("first_block", "pab", "taylorseer")}
+CREDITED_NOTHING = {"fuse_qkv": (True,), "cudnn_benchmark": (True,), "cache": ("first_block", "pab", "taylorseer")}
 
 
 @FEW
