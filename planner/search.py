@@ -278,12 +278,17 @@ class Solver:
         key = (goal, limits, frozenset(fixed.items()))
         if key not in self._answers:
             run = self._start(goal, limits, {**(self._light(fixed) if goal == "bytes" else {}), **fixed})
-            self._walk(0, dict(run.fixed), tuple(self._floor(place, run.fixed) for place in range(len(self._phases))), 0, 0, run)
+            if not self._refused(run.fixed):  # floors may only be asked of what the rules allow
+                self._walk(0, dict(run.fixed), tuple(self._floor(place, run.fixed) for place in range(len(self._phases))), 0, 0, run)
             if goal == "bytes" and run.best_bytes is not None:
                 self._answers[key] = self._answer("cost", Limits(run.best_bytes, limits.stock_bytes), fixed)
             else:
                 self._answers[key] = self.evaluate(run.found) if run.found is not None else None
         return self._answers[key]
+
+    def _refused(self, fixed: Assignment) -> bool:
+        """Whether a rule forbids what is fixed, whatever the rest."""
+        return any(rule.refuse(fixed) is not None for rule in self.problem.rules if fixed.keys() >= set(rule.axes))
 
     def _light(self, fixed: Assignment) -> dict[str, Value]:
         """Any allowed values of the axes that neither change bytes nor are tied to one that does: all are as lean."""
