@@ -147,7 +147,7 @@ class Glances:
 
     def on(self, gpu: str | None) -> Glance:
         """The plan on one device."""
-        target = target_for(gpu, self._memory, self._request.host_budget_bytes)
+        target = self._target(gpu)
         asked = self._workload.get("batch_size") or 1
         if self._request.objective != "throughput":
             return self._at(target, asked)
@@ -156,9 +156,12 @@ class Glances:
     def fits(self, gpu: str | None, batch: int) -> bool:
         """Whether some plan of that batch fits the device."""
         try:
-            return self._at(target_for(gpu, self._memory, self._request.host_budget_bytes), batch).predicted.fits
+            return self._at(self._target(gpu), batch).predicted.fits
         except NoFeasiblePlan:
             return False
+
+    def _target(self, gpu: str | None) -> Device:
+        return target_for(gpu, self._memory, self._request.host_budget_bytes)
 
     def _at(self, target: Device, batch: int) -> Glance:
         if batch not in self._traces:

@@ -140,8 +140,9 @@ def settings_estimate(traces: Traces, model: CostModel, settings: Settings, qual
     full = normalize(settings, context)
     with _blaming_dtype(full["dtype"], context):
         recipe = recipe_of(full, context)
-        found = estimate_of(model, recipe)
-        return found.model_copy(update={"fits": found.fits and not lacking_bytes(model, recipe)})
+        cost = model.cost(recipe)
+        found = estimate_of(model, recipe, cost)
+        return found.model_copy(update={"fits": found.fits and not lacking_bytes(model, recipe, cost)})
 
 
 @contextlib.contextmanager
