@@ -20,7 +20,7 @@ from planner.types import KnobValue, Workload
 from tests import sim
 from tests.property.strategies import MIB, SMALL, world
 from tests.test_residency import peaks
-from tests.zoo import FAMILIES
+from tests.zoo import FAMILIES, Case
 
 BLOCK_BYTES = 512
 """The simulated accelerator gives whole blocks, the facts count bytes."""
@@ -40,18 +40,23 @@ def tensors_of(family: str, name: str) -> int:
     return len([*module.parameters(), *module.buffers()])
 
 
+def second_call(case: Case, pipe: Any, memory: Any) -> tuple[tuple[int, int], list[Any]]:
+    """Weight bytes that the second of two calls copies to and from the device, and its phases."""
+    with sim.phases(pipe):
+        case.run(pipe)
+    before = memory.weight_h2d_bytes, memory.weight_d2h_bytes
+    with sim.phases(pipe) as phases:
+        case.run(pipe)
+    return (memory.weight_h2d_bytes - before[0], memory.weight_d2h_bytes - before[1]), phases
+
+
 def ran(family: str, settings: dict[str, KnobValue]) -> tuple[int, int, dict[str, int]]:
     """Weight bytes copied to and from the device in a second call, and the most there while each component runs."""
     case = FAMILIES[family]
     pipe = case.build()
     with sim.active() as memory:
         applied = apply_settings(pipe, settings, sim.load(), known(family)[0])
-        with sim.phases(pipe):
-            case.run(pipe)
-        before = memory.weight_h2d_bytes, memory.weight_d2h_bytes
-        with sim.phases(pipe) as phases:
-            case.run(pipe)
-        copied = memory.weight_h2d_bytes - before[0], memory.weight_d2h_bytes - before[1]
+        copied, phases = second_call(case, pipe, memory)
         applied.undo()
     most: dict[str, int] = {}
     for phase in phases:
@@ -91,12 +96,7 @@ def test_under_model_offload_what_is_excluded_is_copied_all_the_same(family: str
     pipe._exclude_from_cpu_offload = [*pipe._exclude_from_cpu_offload, *names]
     with sim.active() as memory:
         pipe.enable_model_cpu_offload(device="sim")
-        with sim.phases(pipe):
-            case.run(pipe)
-        before = memory.weight_h2d_bytes, memory.weight_d2h_bytes
-        with sim.phases(pipe) as phases:
-            case.run(pipe)
-        copied = memory.weight_h2d_bytes - before[0], memory.weight_d2h_bytes - before[1]
+        copied, phases = second_call(case, pipe, memory)
     assert copied[0] >= plain[0]
     assert copied[1] >= plain[1]
     assert max(phase.peak_weight_bytes for phase in phases) >= max(plain[2].values())
