@@ -28,12 +28,17 @@ $(VENV)/.created:
 	@touch $@
 
 # The stamps are newer than what they were made from, so a second run installs nothing.
+# pip compiles what it installs, but no checkout.
+COMPILE := $(BIN)/python -m compileall -q planner
+
 $(VENV)/.installed: $(SOURCES) | $(VENV)/.created
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
+	$(COMPILE)
 	@touch $@
 
 $(VENV)/.installed-test: $(SOURCES) | $(VENV)/.created
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
+	$(COMPILE)
 	@touch $@ $(VENV)/.installed
 
 demo: $(VENV)/.installed

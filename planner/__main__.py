@@ -1,6 +1,6 @@
 """``python -m planner``: the command line."""
 
-from planner.cli import main
+from planner.cli import program
 
 if __name__ == "__main__":
-    main()
+    program()

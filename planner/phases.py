@@ -109,6 +109,17 @@ class _Local:
     values: tuple[Value, ...]
     compute_seconds: float
     setup_seconds: float
+    running_bytes: tuple[int, ...]
+    """Per distinct call, activations and workspace at their peak."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Least:
+    """The local choices that are still open: the cheapest, the least that any of them needs per call, and calls per batch."""
+
+    local: _Local
+    running_bytes: tuple[int, ...]
+    calls: int
 
 
 @dataclass(slots=True)
@@ -120,7 +131,7 @@ class Pricing:
     calls: int | None
     modes: tuple[VaeMode, ...] = ()
     rules: tuple[Rule, ...] = ()
-    _covered: set[object] = field(default_factory=set)
+    _traces: dict[object, PipelineTrace] = field(default_factory=dict)
     _trace_axes: tuple[str, ...] = field(init=False)
     _placement_axes: tuple[str, ...] = field(init=False)
     _locals: dict[object, list[_Local]] = field(default_factory=dict)
@@ -150,10 +161,9 @@ class Pricing:
     def trace(self, recipe: Recipe) -> PipelineTrace:
         """The trace that a recipe runs, with all VAE modes of the space in it."""
         key = (recipe.dtype, recipe.calls)
-        if key not in self._covered:
-            self.model.traces.trace(recipe.dtype, self.model.batch_size // recipe.calls, self.modes)
-            self._covered.add(key)
-        return self.model.trace_for(recipe)
+        if key not in self._traces:
+            self._traces[key] = self.model.traces.trace(recipe.dtype, self.model.batch_size // recipe.calls, self.modes)
+        return self._traces[key]
 
     def _ordered(self, names: set[str]) -> tuple[str, ...]:
         return tuple(axis.name for axis in self.recipes.axes if axis.name in names)
@@ -231,8 +241,8 @@ class Pricing:
         placing = self._ordered({*self._trace_axes, *self._placement_axes})
         vae_axes = tuple(axis for axis in self.recipes.changing(VAE) if axis in axes)
         needed = (*self._trace_axes, *weights)
-        bests: dict[object, tuple[_Local, int] | None] = {}
-        places: dict[object, tuple[int, float]] = {}
+        bests: dict[object, _Least | None] = {}
+        places: dict[object, tuple[list[int], list[int], float]] = {}
 
         def floor(partial: Assignment) -> Demand:
             get = partial.get
@@ -240,35 +250,37 @@ class Pricing:
                 return NOTHING
             key = tuple(map(get, deciding))
             if key not in bests:
-                bests[key] = self._cheapest(name, own, deciding, partial)
-            if (best := bests[key]) is None:
+                bests[key] = self._least(name, own, deciding, partial)
+            if (least := bests[key]) is None:
                 return NOTHING
-            local, calls = best
-            where, peak, copied = tuple(map(get, (*placing, *vae_axes))), 0, 0.0
-            if None not in where[: len(placing)]:
+            where, copied = tuple(map(get, (*placing, *vae_axes))), 0.0
+            if None in where[: len(placing)]:
+                peak = max(least.running_bytes)
+            else:
                 if where not in places:
                     places[where] = self._placed_floor(name, (*placing, *vae_axes), partial)
-                peak, copied = places[where]
-            return Demand(peak, _at_most(calls * (local.compute_seconds + copied)), _at_most(local.setup_seconds))
+                bases, moving, copied = places[where]
+                peak = max(map(sum, zip(bases, map(max, moving, least.running_bytes), strict=True)))
+            return Demand(peak, _at_most(least.calls * (least.local.compute_seconds + copied)), _at_most(least.local.setup_seconds))
 
         return floor
 
-    def _placed_floor(self, name: str, axes: tuple[str, ...], partial: Assignment) -> tuple[int, float]:
-        """Bytes that any choice of local axes needs, and seconds that copies add at least."""
+    def _placed_floor(self, name: str, axes: tuple[str, ...], partial: Assignment) -> tuple[list[int], list[int], float]:
+        """Per distinct call what is there when it starts and what it needs with moving weights; seconds that copies add at least."""
         settled = all(axis in partial for axis in axes)
         recipe, trace, placed = self._at(tuple(axis for axis in axes if axis in partial), partial)
         model = self.model
         counts, helds = model.held(trace)
-        peak, copied = 0, 0.0
+        bases, moving, copied = [], [], 0.0
         for index in self._calls_of(trace, name):
             variants = (model.variant(trace, index, recipe),) if settled else _variants(trace, index)
-            running = min(model.least_running_bytes(call, placed.window[index]) for call in variants)
-            peak = max(peak, placed.resident_bytes[index] + helds[index] + running)
+            bases.append(placed.resident_bytes[index] + helds[index])
+            moving.append(min(model.least_running_bytes(call, placed.window[index]) for call in variants))
             copied += transfer_seconds(placed, index, counts[index], NEVER, model.device, model.coefficients, recipe)
-        return peak, copied
+        return bases, moving, copied
 
-    def _cheapest(self, name: str, own: tuple[str, ...], deciding: tuple[str, ...], partial: Assignment) -> tuple[_Local, int] | None:
-        """The local choice of least cost among those that agree with what is decided, and calls per batch; None: never called."""
+    def _least(self, name: str, own: tuple[str, ...], deciding: tuple[str, ...], partial: Assignment) -> _Least | None:
+        """The local choices that agree with what is decided; None: the component is never called."""
         here = tuple(axis for axis in deciding if axis in partial)
         recipe = self.recipes.of(here, partial)
         trace = self.trace(recipe)
@@ -280,7 +292,8 @@ class Pricing:
                  if all(each.values[place] == value for place, value in wanted)]  # fmt: skip
         rules = [rule for rule in self._rules_of(own) if set(rule.axes).issubset({*own, *here}) and not set(own).issuperset(rule.axes)]
         found = _allowed(open_, own, rules, partial)
-        return min(found, key=lambda each: self._weigh(each, recipe.calls)), recipe.calls
+        running = tuple(map(min, zip(*(each.running_bytes for each in found), strict=True)))
+        return _Least(min(found, key=lambda each: self._weigh(each, recipe.calls)), running, recipe.calls)
 
     def _rules_of(self, own: tuple[str, ...]) -> tuple[Rule, ...]:
         """Rules that forbid choices of these axes, alone or together with others."""
@@ -304,7 +317,7 @@ class Pricing:
             choices = [(partial[axis],) if axis in decided else domains[axis] for axis in own]
             rules = [rule for rule in self._rules_of(own) if {*own, *decided}.issuperset(rule.axes)]
             beside = {axis: partial[axis] for axis in decided if axis in partial}
-            allowed = _allowed([_Local(values, 0.0, 0.0) for values in product(*choices)], own, rules, beside)
+            allowed = _allowed([_Local(values, 0.0, 0.0, ()) for values in product(*choices)], own, rules, beside)
             times: dict[object, tuple[CallTime, ...]] = {}
             known = self._locals[key] = [self._timed(own, each.values, trace, indices, times) for each in allowed]
         return known
@@ -320,7 +333,8 @@ class Pricing:
         for index, time in zip(indices, times[rest], strict=True):
             compute += self.model.compute_seconds(trace, index, time, recipe)
             setup += self.model.compile_seconds(trace, index, time, recipe)
-        return _Local(values, compute, setup)
+        running = tuple(self.model.running_bytes(trace, index, recipe) for index in indices)
+        return _Local(values, compute, setup, running)
 
 
 def _allowed(found: list[_Local], own: tuple[str, ...], rules: list[Rule], beside: Assignment) -> list[_Local]:

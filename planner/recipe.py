@@ -51,6 +51,10 @@ class Recipe:
     only: Mapping[str, Recipe] = field(default_factory=dict)
     """Components that are treated otherwise than the rest, each with a recipe of its own."""
 
+    def __hash__(self) -> int:
+        values = (getattr(self, name) for name in _FIELDS)
+        return hash(tuple(frozenset(value.items()) if isinstance(value, Mapping) else value for value in values))
+
     def of(self, component: str) -> Recipe:
         """The recipe that holds for one component."""
         return self.only.get(component, self)

@@ -119,7 +119,7 @@ def test_version_and_module(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(("typed", "offered"), [("planner exp", {"explain"}), ("planner explain --hei", {"--height"})])
 def test_shells_complete_commands_and_options(typed: str, offered: set[str]) -> None:
     asked = {"_PLANNER_COMPLETE": "complete_bash", "COMP_WORDS": typed, "COMP_CWORD": str(len(typed.split()) - 1)}
-    command = [sys.executable, "-c", "from planner.cli import main; main()"]
+    command = [sys.executable, "-c", "from planner.cli import program; program()"]
     done = subprocess.run(command, env=os.environ | asked, capture_output=True, text=True, check=False)
     assert set(done.stdout.split()) == offered, done.stderr
 

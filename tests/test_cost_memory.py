@@ -8,7 +8,7 @@ from typing import cast
 import numpy as np
 import pytest
 
-from planner.cost.allocator import CachingAllocator, replay
+from planner.cost.allocator import CachingAllocator, Script
 from planner.cost.model import Cost, CostModel
 from planner.cost.quantized import fused_bytes, leaf_bytes
 from planner.cost.reserved import _tensors, lodged_bytes
@@ -91,7 +91,7 @@ def test_scores_and_probabilities_are_blocks_of_their_own() -> None:
     allocator = CachingAllocator()
     held = allocator.allocate(600 * MIB)
     allocator.free(held)
-    replay(allocator, call, pieces)
+    Script.of(call, pieces).play(allocator)
     assert allocator.peak_reserved_bytes < (600 + 512 + 64) * MIB, "one of them lies in the block that was free"
 
 

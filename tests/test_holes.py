@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import replace
 
 import pytest
 
 import planner
 from planner.autoplan import Request, _model
+from planner.cost import reserved
+from planner.cost.allocator import Script
 from planner.cost.model import CostModel
-from planner.cost.reserved import expandable_segments, lacking_bytes, replayed
+from planner.cost.reserved import Reserved, expandable_segments, lacking_bytes, replayed
 from planner.decide import _search
 from planner.errors import NoFeasiblePlan
 from planner.models import resolve
+from planner.recipe import Recipe
 from planner.targets import target_for
 from planner.types import Device
 
@@ -72,6 +76,41 @@ def test_a_replay_that_lacks_nothing_stays_within_the_card(card: Device) -> None
     recipe = space.recipe(chosen.settings)
     limit = card.budget_bytes + card.headroom_bytes
     assert replayed(model, recipe, model.cost(recipe), limit).peak_bytes <= limit <= card.total_bytes
+
+
+class _Forgetful(set[object]):
+    """Takes nothing in."""
+
+    def add(self, _: object) -> None:
+        pass
+
+
+def test_passes_left_out_would_have_changed_nothing(card: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    def found(limit_bytes: int | None) -> tuple[Reserved, int]:
+        played = []
+        monkeypatch.setattr(Script, "play", lambda script, allocator: (played.append(script), play(script, allocator)))
+        return replayed(model_on(card), recipe, cost, limit_bytes), len(played)
+
+    play, model = Script.play, model_on(card)
+    recipe = Recipe(dtype="fp16", vae_slicing=True)
+    cost = model.cost(recipe)
+    limits = None, card.budget_bytes, cost.peak_bytes
+    short = [found(limit) for limit in limits]
+    monkeypatch.setattr(reserved, "_Run", functools.partial(reserved._Run, _idle=_Forgetful()))
+    whole = [found(limit) for limit in limits]
+    assert [result for result, _ in short] == [result for result, _ in whole]
+    assert sum(passes for _, passes in short) < sum(passes for _, passes in whole)
+
+
+def test_a_limit_that_is_not_reached_is_replayed_once(card: Device, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, runs, real = model_on(card), [], reserved._Run
+    monkeypatch.setattr(reserved, "_Run", lambda *args: (runs.append(args), real(*args))[1])
+    recipe = Recipe(dtype="fp16", vae_slicing=True)
+    cost = model.cost(recipe)
+    assert replayed(model, recipe, cost, card.total_bytes) == replayed(model, recipe, cost)
+    assert len(runs) == 1
+    assert replayed(model, recipe, cost, cost.peak_bytes).limited
+    assert len(runs) == 2
 
 
 def test_when_only_holes_are_in_the_way_the_error_says_so() -> None:

@@ -35,24 +35,27 @@ class Block:
 
 @dataclass(slots=True)
 class _Pool:
-    """Free blocks ordered by size, then by where they are."""
+    """Free blocks ordered by size, then by where they are: no two are at one place, so blocks themselves are never compared."""
 
-    order: list[tuple[int, int, int]] = field(default_factory=list)
-    blocks: dict[tuple[int, int, int], Block] = field(default_factory=dict)
+    order: list[tuple[int, int, int, Block]] = field(default_factory=list)
 
     def add(self, block: Block) -> None:
-        key = (block.size, block.segment, block.start)
-        bisect.insort(self.order, key)
-        self.blocks[key] = block
+        bisect.insort(self.order, (block.size, block.segment, block.start, block))
 
     def remove(self, block: Block) -> None:
-        key = (block.size, block.segment, block.start)
-        self.order.pop(bisect.bisect_left(self.order, key))
-        del self.blocks[key]
+        self.order.pop(self._place(block.size, block.segment, block.start))
 
-    def best(self, size: int) -> Block | None:
-        at = bisect.bisect_left(self.order, (size, -1, -1))
-        return self.blocks[self.order[at]] if at < len(self.order) else None
+    def take(self, size: int) -> Block | None:
+        """The smallest free block of at least that size, no longer free."""
+        at = self._place(size)
+        return self.order.pop(at)[3] if at < len(self.order) else None
+
+    def _place(self, *key: int) -> int:
+        return bisect.bisect_left(self.order, key)
+
+    def state(self) -> tuple[tuple[int, int, int], ...]:
+        """What decides where the next blocks come from."""
+        return tuple(entry[:3] for entry in self.order)
 
 
 @dataclass(slots=True)
@@ -67,6 +70,8 @@ class CachingAllocator:
     """What the device can give; before a segment would pass it, cached segments without a block in use are given back."""
     short_bytes: int = 0
     """The most that a segment passed the limit by although nothing cached was left: there torch raises an out-of-memory error."""
+    limited: bool = False
+    """A segment would have passed the limit."""
     _small: _Pool = field(default_factory=_Pool)
     _large: _Pool = field(default_factory=_Pool)
     _segments: int = 0
@@ -76,11 +81,7 @@ class CachingAllocator:
         size = max(-(-size // BLOCK) * BLOCK, BLOCK)
         small = size <= SMALL_LIMIT
         pool = self._small if small else self._large
-        block = pool.best(size)
-        if block is None:
-            block = self._new_segment(size)
-        else:
-            pool.remove(block)
+        block = pool.take(size) or self._new_segment(size)
         left = block.size - size
         if left >= BLOCK if small else left > SMALL_LIMIT:
             rest = Block(block.segment, block.start + size, left, True, block, block.following)
@@ -90,7 +91,8 @@ class CachingAllocator:
             pool.add(rest)
         block.free = False
         self.allocated_bytes += block.size
-        self.peak_allocated_bytes = max(self.peak_allocated_bytes, self.allocated_bytes)
+        if self.allocated_bytes > self.peak_allocated_bytes:
+            self.peak_allocated_bytes = self.allocated_bytes
         return block
 
     def free(self, block: Block) -> None:
@@ -112,6 +114,7 @@ class CachingAllocator:
         else:
             whole = -(-size // ROUND_LARGE) * ROUND_LARGE
         if self.limit_bytes is not None and self.reserved_bytes + whole > self.limit_bytes:
+            self.limited = True
             self.empty_cache()
             self.short_bytes = max(self.short_bytes, self.reserved_bytes + whole - self.limit_bytes)
         self._segments += 1
@@ -122,10 +125,14 @@ class CachingAllocator:
     def empty_cache(self) -> None:
         """Give segments without a block in use back to the device (``torch.cuda.empty_cache``)."""
         for pool in (self._small, self._large):
-            for block in list(pool.blocks.values()):
+            for *_, block in list(pool.order):
                 if block.previous is None and block.following is None:
                     pool.remove(block)
                     self.reserved_bytes -= block.size
+
+    def state(self) -> tuple[object, ...]:
+        """Equal states do the same with what is allocated and freed next."""
+        return self._small.state(), self._large.state(), self.reserved_bytes
 
     def _is_small(self, block: Block) -> bool:
         return bool(block.segment % 2)
@@ -140,33 +147,44 @@ def _merged(left: Block, right: Block) -> Block:
     return left
 
 
-def replay(allocator: CachingAllocator, call: CallTrace, workspace: Sequence[Ints], window: Ints | None = None) -> None:
-    """Run one component call's allocations and frees, each operation's workspace between them, and a moving window of weights.
+@dataclass(frozen=True, slots=True)
+class Script:
+    """What one pass of a component call does to an allocator, operation by operation.
 
-    ``workspace``: bytes per operation of each of its blocks, which live together.
-
-    Storages that outlive the call are freed at its end: what the pipeline keeps of them is counted by the caller.
+    ``steps``: storages that end, the moving window's new size (None: as before), storages that begin (with their bytes), and
+    the operation's workspace blocks, which live together. Storages that outlive the call are freed at its end: what the
+    pipeline keeps of them is counted by the caller.
     """
-    born, died = _lifetimes(call)
-    blocks: dict[int, Block] = {}
-    moving = _window_of(call, window)
-    scratch = _scratch(workspace)
-    turns = {index for index in range(len(moving)) if index == 0 or moving[index] != moving[index - 1]}
-    held: Block | None = None
-    for index in sorted(born.keys() | died.keys() | scratch.keys() | turns):
-        for uid in died.get(index, ()):
-            allocator.free(blocks.pop(uid))
-        if index in turns:
-            if held is not None:
-                allocator.free(held)
-            held = allocator.allocate(moving[index]) if moving[index] else None
-        for uid, size in born.get(index, ()):
-            blocks[uid] = allocator.allocate(size)
-        if index in scratch:
-            for block in [allocator.allocate(size) for size in scratch[index]]:
-                allocator.free(block)
-    for block in (*blocks.values(), *((held,) if held is not None else ())):
-        allocator.free(block)
+
+    steps: tuple[tuple[Sequence[int], int | None, Sequence[tuple[int, int]], Sequence[int]], ...]
+
+    @classmethod
+    def of(cls, call: CallTrace, workspace: Sequence[Ints] = (), window: Ints | None = None) -> Script:
+        """``workspace``: bytes per operation of each of its blocks; ``window``: bytes of weights per operation that move through."""
+        born, died = _lifetimes(call)
+        moving, scratch = _window_of(call, window), _scratch(workspace)
+        turns = {index: size for index, size in enumerate(moving) if index == 0 or size != moving[index - 1]}
+        indices = sorted(born.keys() | died.keys() | scratch.keys() | turns.keys())
+        return cls(tuple((died.get(at, ()), turns.get(at), born.get(at, ()), scratch.get(at, ())) for at in indices))
+
+    def play(self, allocator: CachingAllocator) -> None:
+        """Run one pass. All that it allocates is free again at its end."""
+        blocks: dict[int, Block] = {}
+        held: Block | None = None
+        for ended, window, begun, scratch in self.steps:
+            for uid in ended:
+                allocator.free(blocks.pop(uid))
+            if window is not None:
+                if held is not None:
+                    allocator.free(held)
+                held = allocator.allocate(window) if window else None
+            for uid, size in begun:
+                blocks[uid] = allocator.allocate(size)
+            if scratch:
+                for block in [allocator.allocate(size) for size in scratch]:
+                    allocator.free(block)
+        for block in (*blocks.values(), *((held,) if held is not None else ())):
+            allocator.free(block)
 
 
 def _scratch(workspace: Sequence[Ints]) -> dict[int, list[int]]:

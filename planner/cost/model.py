@@ -201,6 +201,8 @@ class CostModel:
     time_scale: float = 1.0
     """Learned correction of times for this device and pipeline (1: none)."""
     evaluations: int = 0
+    replays: dict[object, Any] = field(default_factory=dict)
+    """What :mod:`planner.cost.reserved` found for recipes; no correction changes it."""
     _calls: dict[object, CallCost] = field(default_factory=dict)
     _times: dict[object, CallTime] = field(default_factory=dict)
     _roles: dict[str, str] = field(default_factory=dict)
@@ -305,6 +307,25 @@ class CostModel:
         total = ((live + workspace) * self.memory_scale).astype(np.int64) + moving
         at = int(total.argmax())
         return CallCost(int(total[at]), int(live[at] * self.memory_scale), int(workspace[at] * self.memory_scale), int(moving[at]), time)
+
+    def running_bytes(self, trace: PipelineTrace, index: int, recipe: Recipe) -> int:
+        """At most what :meth:`call_cost` says of a call's peak, wherever weights are: activations and workspace alone."""
+        call = self.variant(trace, index, recipe)
+        local = self._local(trace, index, recipe)
+        if not len(call):
+            return 0
+        slim, live = self._condensed(call)[0], self._most_live(call, local.fused)
+        workspace = operator_bytes(slim, self.device, local.recipe(), None if local.fused else local.scheme)
+        return int(((live + workspace) * self.memory_scale).max())
+
+    def _most_live(self, call: CallTrace, fused: bool) -> Ints:
+        """Per condensed operation, the most that lives while it runs."""
+        key = (self.key(call), fused)
+        if key not in self.known.most_live:
+            slim, which = self._condensed(call)
+            self.known.most_live[key] = most = np.zeros(len(slim), dtype=np.int64)
+            np.maximum.at(most, which, _live_bytes(call, fused))
+        return self.known.most_live[key]
 
     def least_running_bytes(self, call: CallTrace, window: Ints | None) -> int:
         """At most what :meth:`call_cost` says of the call's peak, whatever the local knobs: activations and moving weights alone."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from planner.cost.allocator import Block, CachingAllocator, replay
+from planner.cost.allocator import Block, CachingAllocator, Script
 from planner.cost.model import Cost, CostModel, PhaseCost, localized
 from planner.cost.quantized import IMMOVABLE, LOADED_ON_DEVICE, fused_bytes, leaf_bytes
 from planner.cost.residency import fuses, resting_bytes
@@ -32,6 +32,8 @@ class Reserved:
     peak_bytes: int
     short_bytes: int
     """What the device lacked for a segment when nothing cached was left to give back; 0: never."""
+    limited: bool
+    """The limit was reached: with more to take, cached segments would not have been given back."""
 
 
 def reserved_bytes(model: CostModel, recipe: Recipe, cost: Cost) -> int:
@@ -41,23 +43,18 @@ def reserved_bytes(model: CostModel, recipe: Recipe, cost: Cost) -> int:
 
 def replayed(model: CostModel, recipe: Recipe, cost: Cost, limit_bytes: int | None = None, *, calls: int = CALLS,
              most: bool = False) -> Reserved:  # fmt: skip
-    """Replay calls of the pipeline where the allocator may take ``limit_bytes`` (None: all of the device but the context).
+    """Replay calls of the pipeline where the allocator may take ``limit_bytes`` (None: all of the device but the context,
+    which is the most).
 
     ``most``: with the largest workspaces that convolutions are known to take.
     """
-    run = _Run(model, recipe, cost, most)
-    if limit_bytes is not None:
-        run.allocator.limit_bytes = limit_bytes
-    run.load()
-    for _ in range(min(calls, CALLS)):
-        state = run.allocator.reserved_bytes, run.allocator.peak_reserved_bytes
-        for phase in cost.phases:
-            run.enter(phase)
-            run.call(phase)
-        run.leave()
-        if state == (run.allocator.reserved_bytes, run.allocator.peak_reserved_bytes):
-            break
-    return Reserved(run.allocator.peak_reserved_bytes, run.allocator.short_bytes)
+    key = (recipe, limit_bytes, calls, most)
+    found: Reserved | None = model.replays.get(key)
+    if found is None:
+        found = model.replays[key] = _Run(model, recipe, cost, most).over(min(calls, CALLS), limit_bytes)
+        if not found.limited:
+            model.replays[recipe, None, calls, most] = found
+    return found
 
 
 def lacking_bytes(model: CostModel, recipe: Recipe, cost: Cost | None = None) -> int:
@@ -106,6 +103,9 @@ class _Run:
     _chain: list[str] = field(init=False)
     """Components that model offload moves, in the order of its hooks."""
     _captured: set[int] = field(default_factory=set)
+    _scripts: dict[int, Script] = field(default_factory=dict)
+    _idle: set[object] = field(default_factory=set)
+    """Calls with states of the allocator in which a pass leaves it as it was."""
 
     def __post_init__(self) -> None:
         limit = self.model.device.total_bytes - self.model.coefficients.context_bytes
@@ -114,6 +114,22 @@ class _Run:
         self._resting = resting_bytes(facts, self.cost.trace)
         moving = {component.name for component in facts.components if not self._stays(component)}
         self._chain = [name for name in facts.offload_sequence if name in moving]
+
+    def over(self, calls: int, limit_bytes: int | None) -> Reserved:
+        """Some calls of the pipeline, or as many as change anything."""
+        allocator = self.allocator
+        if limit_bytes is not None:
+            allocator.limit_bytes = limit_bytes
+        self.load()
+        for _ in range(calls):
+            state = allocator.reserved_bytes, allocator.peak_reserved_bytes
+            for phase in self.cost.phases:
+                self.enter(phase)
+                self.call(phase)
+            self.leave()
+            if state == (allocator.reserved_bytes, allocator.peak_reserved_bytes):
+                break
+        return Reserved(allocator.peak_reserved_bytes, allocator.short_bytes, allocator.limited)
 
     def load(self) -> None:
         """Components that are on the device from the start, in the pipeline's order; then cuBLAS takes its workspace.
@@ -179,23 +195,36 @@ class _Run:
     def call(self, phase: PhaseCost) -> None:
         """All passes of one distinct call, with what the pipeline holds meanwhile and what the weights grow by an upcast."""
         trace, index = self.cost.trace, phase.call
-        call = self.model.variant(trace, index, self.recipe)
-        local = localized(self.recipe, self.model.role(call.component), call.component)
-        scheme = None if local.fused else local.scheme
-        workspace = operator_pieces(call, self.model.device, local.recipe(), scheme, most=self.most)
-        if self.model.device.kind != "cuda":
-            workspace = ()
         if phase.in_graph:
-            self._capture(phase, call, workspace)
+            self._capture(phase)
             return
-        upcast = max((event.weight_bytes for event in trace.events if event.call == index), default=0) - self._resting[call.component]
+        component = trace.calls[index].component
+        upcast = max((event.weight_bytes for event in trace.events if event.call == index), default=0) - self._resting[component]
         extra = [self.allocator.allocate(size) for size in (phase.held_bytes, upcast) if size > 0]
         for _ in range(min(phase.count, LOOP_PASSES)):
-            replay(self.allocator, call, workspace, self.cost.residency.window[index])
+            before = self.allocator.state()
+            if (index, before) in self._idle:
+                break
+            self._script(index).play(self.allocator)
+            if self.allocator.state() == before:
+                self._idle.add((index, before))
         for block in extra:
             self.allocator.free(block)
 
-    def _capture(self, phase: PhaseCost, call: CallTrace, workspace: Sequence[Ints]) -> None:
+    def _script(self, index: int) -> Script:
+        if index not in self._scripts:
+            call = self.model.variant(self.cost.trace, index, self.recipe)
+            self._scripts[index] = Script.of(call, self._workspace(call), self.cost.residency.window[index])
+        return self._scripts[index]
+
+    def _workspace(self, call: CallTrace) -> Sequence[Ints]:
+        """Blocks that operations take beside their results. Only CUDA's kernels are known."""
+        if self.model.device.kind != "cuda":
+            return ()
+        local = localized(self.recipe, self.model.role(call.component), call.component)
+        return operator_pieces(call, self.model.device, local.recipe(), None if local.fused else local.scheme, most=self.most)
+
+    def _capture(self, phase: PhaseCost) -> None:
         """A CUDA graph's pool is its own: segments that nothing else may use, taken once.
 
         They are those of an eager call, less what fusing saves of its peak.
@@ -204,8 +233,9 @@ class _Run:
             return
         self._captured.add(phase.call)
         pool = CachingAllocator()
-        replay(pool, call, workspace, self.cost.residency.window[phase.call])
-        eager = int(np.sum([call.live_bytes, *workspace], axis=0).max(initial=0))
+        self._script(phase.call).play(pool)
+        call = self.model.variant(self.cost.trace, phase.call, self.recipe)
+        eager = int(np.sum([call.live_bytes, *self._workspace(call)], axis=0).max(initial=0))
         share = min(1.0, (phase.cost.activations_bytes + phase.cost.workspace_bytes) / eager) if eager else 0.0
         if pool.peak_reserved_bytes:
             self.allocator.allocate(round(pool.peak_reserved_bytes * share))

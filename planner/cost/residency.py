@@ -77,6 +77,7 @@ class Known:
     residencies: dict[object, Residency] = field(default_factory=dict)
     condensed: dict[int, tuple[CallTrace, Ints]] = field(default_factory=dict)
     held: dict[int, tuple[list[int], list[int], int]] = field(default_factory=dict)
+    most_live: dict[object, Ints] = field(default_factory=dict)
     least: dict[object, int] = field(default_factory=dict)
     things: dict[int, object] = field(default_factory=dict)
     """By id: keys of the tables above are ids of these."""

@@ -308,7 +308,8 @@ class Session:
     def _cast_bytes(self) -> int:
         """Weights that the pipeline's own code made by casting a component: they count as weights, not as held tensors."""
         self._cast |= {name for name, (state, _) in self._stored.items() if self.state_of(name) != state}
-        return sum(self.recorder.glue_bytes_of(t) for name in self._cast for t in self._tensors_of(name))
+        with torch._C.DisableTorchFunction():  # thousands of weights, each a call of the function mode otherwise
+            return sum(self.recorder.glue_bytes_of(t) for name in self._cast for t in self._tensors_of(name))
 
     # -- components -------------------------------------------------------------------------------------------------
 
@@ -340,7 +341,8 @@ class Session:
 
     def _storages_of(self, component: str) -> frozenset[int]:
         # Asked anew for every call: a cast gives a component other storages, and freed addresses are used again.
-        return frozenset(t.untyped_storage()._cdata for t in self._tensors_of(component))
+        with torch._C.DisableTorchFunction():
+            return frozenset(t.untyped_storage()._cdata for t in self._tensors_of(component))
 
     def _tensors_of(self, component: str) -> list[torch.Tensor]:
         """A component's parameters and buffers as they are now. Its modules stay the same, so they are looked for once."""
