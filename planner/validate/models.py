@@ -42,7 +42,7 @@ TORCH2_PIPELINES: dict[tuple[str, str], tuple[str, str, int]] = {
     ("IF", "stage 3"): ("stable-diffusion-x4-upscaler", "StableDiffusionUpscalePipeline", 256),
 }
 
-_UNET = re.compile(r"^(StableDiffusion(?!3)|AnimateDiff|Kolors|IF|LatentConsistency)")
+_UNET = re.compile(r"^(StableDiffusion(?!3)|AnimateDiff|Kolors|IF|LatentConsistency|UNet)")
 _DISTILLED = re.compile(r"^Flux|^QwenImage")
 _T5 = {"Flux": "text_encoder_2", "StableDiffusion3": "text_encoder_3"}
 
