@@ -144,6 +144,11 @@ class Local:
                       autotuned=self.autotuned, tf32=self.tf32, fused_qkv=self.fused_qkv, cudnn_benchmark=self.cudnn_benchmark,
                       settled=self.settled, chunked_forward=self.chunked_forward)  # fmt: skip
 
+    def for_memory(self) -> Local:
+        """What of it changes memory: of compiling, that it fuses; then weights are not rebuilt for each operation."""
+        return replace(self, fusion="whole" if self.fused else "none", cuda_graphs=False, autotuned=False, tf32=False,
+                       scheme=None if self.fused else self.scheme)  # fmt: skip
+
     def for_time(self, single: bool) -> Local:
         """What of it changes time: how a graph was compiled does not, nor TF32 without ``single``-precision operations."""
         timeless: dict[str, Any] = dict.fromkeys(TIMELESS, False)
@@ -205,6 +210,7 @@ class CostModel:
     """What :mod:`planner.cost.reserved` found for recipes; no correction changes it."""
     _calls: dict[object, CallCost] = field(default_factory=dict)
     _times: dict[object, CallTime] = field(default_factory=dict)
+    _running: dict[object, int] = field(default_factory=dict)
     _roles: dict[str, str] = field(default_factory=dict)
 
     def key(self, thing: object) -> int:
@@ -311,12 +317,13 @@ class CostModel:
     def running_bytes(self, trace: PipelineTrace, index: int, recipe: Recipe) -> int:
         """At most what :meth:`call_cost` says of a call's peak, wherever weights are: activations and workspace alone."""
         call = self.variant(trace, index, recipe)
-        local = self._local(trace, index, recipe)
-        if not len(call):
-            return 0
-        slim, live = self._condensed(call)[0], self._most_live(call, local.fused)
-        workspace = operator_bytes(slim, self.device, local.recipe(), None if local.fused else local.scheme)
-        return int(((live + workspace) * self.memory_scale).max())
+        local = self._local(trace, index, recipe).for_memory()
+        key = (self.key(call), local, self.memory_scale)
+        if key not in self._running:
+            slim, live = self._condensed(call)[0], self._most_live(call, local.fused)
+            workspace = operator_bytes(slim, self.device, local.recipe(), local.scheme)
+            self._running[key] = int(((live + workspace) * self.memory_scale).max(initial=0))
+        return self._running[key]
 
     def _most_live(self, call: CallTrace, fused: bool) -> Ints:
         """Per condensed operation, the most that lives while it runs."""
