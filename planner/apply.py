@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import signal
+import threading
 import traceback
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 from planner.errors import ApplyError
 from planner.facts import PipelineFacts
 from planner.knobs import KNOBS, Knob, Site, Undo, parse_settings
+from planner.knobs.live import loggers, quiet
 from planner.snapshot import Snapshot
 from planner.types import KnobValue, Settings
+
+MAX_TRIES = 2
+"""A step back that fails is taken once more: what stopped it, such as a full device, may be over once its frames are gone."""
 
 
 @dataclass(slots=True)
@@ -25,24 +33,56 @@ class Applied:
     steps: list[Undo] = field(default_factory=list)
     """What undoes each change, in the order of the changes."""
 
+    @classmethod
+    def begin(cls, pipe: Any, settings: Settings) -> Applied:
+        """The way back, before anything is touched. Raises UsageError: an unknown knob or value."""
+        return cls(pipe=pipe, settings=parse_settings(settings), before=Snapshot.of(pipe))
+
     @property
     def in_force(self) -> bool:
         """Whether there is still something to undo."""
         return bool(self.steps)
 
+    def put(self, device: Any, facts: PipelineFacts) -> None:
+        """Put every setting in force; raises as :func:`apply_settings` does, everything rolled back."""
+        site = Site(pipe=self.pipe, device=device, facts=facts, settings=self.settings, started=self.steps)
+        process, current = _process_state(), "none"
+        try:
+            with quiet():
+                for each in in_order(self.settings):
+                    current = f"{each.name}={self.settings[each.name]}"
+                    undo = each.apply(site, self.settings[each.name])
+                    if undo not in self.steps:
+                        self.steps.append(undo)
+        except BaseException as error:
+            with uninterrupted():
+                _roll_back(self)
+                process()
+                _give_back_memory()
+                left = self.before.differences(self.pipe)
+            if left:
+                lost = f"and the pipeline could not be put back: {_listed(left)}. Load it again."
+                raise ApplyError(f"{_why(current, error)}, {lost}") from error
+            if isinstance(error, Exception):
+                raise ApplyError(f"{_why(current, error)}; the pipeline is as it was before.") from error
+            raise
+
     def undo(self) -> None:
-        """Undo every knob in exact reverse order, then whatever is left over.
+        """Undo every knob in exact reverse order, then whatever is left over. Ctrl-C waits until that is done.
 
         Raises:
             ApplyError: the pipeline still differs from before; the message lists how.
         """
         if not self.steps:
             return
-        failures = _roll_back(self)
-        left = self.before.differences(self.pipe)
+        with uninterrupted():
+            failures = _roll_back(self)
+            left = self.before.differences(self.pipe)
         if left:
-            shown = "; ".join(left[:5]) + (f"; and {len(left) - 5} more" if len(left) > 5 else "")
-            raise ApplyError(f"undo left the pipeline changed: {shown}. Load it again.") from (failures[0] if failures else None)
+            raise ApplyError(f"undo left the pipeline changed: {_listed(left)}. Load it again.") from next(iter(failures), None)
+        for failure in failures:
+            if not isinstance(failure, Exception):
+                raise failure
 
 
 def apply_settings(pipe: Any, settings: Settings, device: Any, facts: PipelineFacts) -> Applied:
@@ -55,23 +95,8 @@ def apply_settings(pipe: Any, settings: Settings, device: Any, facts: PipelineFa
         UsageError: an unknown knob or value; nothing was touched.
         KeyboardInterrupt: after rolling back.
     """
-    chosen = parse_settings(settings)
-    applied = Applied(pipe=pipe, settings=chosen, before=Snapshot.of(pipe))
-    site = Site(pipe=pipe, device=device, facts=facts, settings=chosen, started=applied.steps)
-    current = "none"
-    try:
-        for each in in_order(chosen):
-            current = f"{each.name}={chosen[each.name]}"
-            undo = each.apply(site, chosen[each.name])
-            if undo not in applied.steps:
-                applied.steps.append(undo)
-    except Exception as error:
-        _roll_back(applied)
-        _give_back_memory()
-        raise ApplyError(_why(current, error)) from error
-    except BaseException:
-        _roll_back(applied)
-        raise
+    applied = Applied.begin(pipe, settings)
+    applied.put(device, facts)
     return applied
 
 
@@ -81,38 +106,74 @@ def in_order(settings: Settings) -> Iterator[Knob]:
     yield from sorted(named, key=lambda each: each.order(settings))
 
 
+@contextlib.contextmanager
+def uninterrupted() -> Iterator[None]:
+    """Ctrl-C waits until the block has ended, as half of a way back is no state to stop in. It only ever reaches the main thread."""
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(before):
+        yield
+        return
+    pressed: list[int] = []
+    signal.signal(signal.SIGINT, lambda number, _: pressed.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+        if pressed:
+            signal.raise_signal(signal.SIGINT)
+
+
 def _roll_back(applied: Applied) -> list[BaseException]:
     """Undo all steps in reverse; a step that fails does not keep the others from being undone."""
     failures: list[BaseException] = []
     while applied.steps:
-        undo = applied.steps.pop()
-        try:
-            undo()
-        except BaseException as error:  # a second Ctrl-C must not leave half of the hooks in place
-            failures.append(error)
-    try:
-        applied.before.restore(applied.pipe)
-    except BaseException as error:  # whatever stopped it may be over: restoring is idempotent
-        failures.append(error)
-        traceback.clear_frames(error.__traceback__)
-        applied.before.restore(applied.pipe)
-    for failure in failures:
-        if not isinstance(failure, Exception):
-            raise failure
+        _insist(applied.steps[-1], failures)
+        applied.steps.pop()
+    _insist(lambda: applied.before.restore(applied.pipe), failures)
     return failures
 
 
-def _why(what: str, error: Exception) -> str:
+def _insist(step: Undo, failures: list[BaseException]) -> None:
+    """Every step back may be taken again: it does what is left to do."""
+    for _ in range(MAX_TRIES):
+        try:
+            step()
+        except BaseException as error:
+            failures.append(error)
+            traceback.clear_frames(error.__traceback__)
+        else:
+            return
+
+
+def _process_state() -> Undo:
+    """Puts back what libraries use up or turn off on the way. For failures only: afterwards it is the user's to change."""
+    generators = [torch.default_generator, *(torch.cuda.default_generators if torch.cuda.is_initialized() else ())]
+    states = [(generator, generator.get_state()) for generator in generators]
+    levels, gradients = [(logger, logger.level) for logger in loggers()], torch.is_grad_enabled()
+
+    def put_back() -> None:
+        torch.set_grad_enabled(gradients)
+        for generator, state in states:
+            generator.set_state(state)
+        for logger, level in levels:
+            logger.setLevel(level)
+
+    return put_back
+
+
+def _listed(left: list[str]) -> str:
+    return "; ".join(left[:5]) + (f"; and {len(left) - 5} more" if len(left) > 5 else "")
+
+
+def _why(what: str, error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     detail = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-    return f"{what} could not be applied ({detail}); the pipeline is as it was before."
+    return f"{what} could not be applied ({detail})"
 
 
 def _give_back_memory() -> None:
     """Cached device memory back to the driver, as after an OOM. Best effort: the device itself may be the failure."""
     import gc
-
-    import torch
 
     gc.collect()
     with contextlib.suppress(RuntimeError):

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from planner.errors import ApplyError, NoFeasiblePlan, PlannerError, UnsupportedPipeline
+from planner.errors import ApplyError, NoFeasiblePlan, UnsupportedPipeline
 from planner.progress import to_stderr
 
 if TYPE_CHECKING:
@@ -55,7 +55,7 @@ def put_in_force(plan: Plan, pipe: Any, *, asked: Plan | None = None, session: S
         UnsupportedPipeline: another pipeline class than the plan's.
         ApplyError: a plan is in force already, or a knob failed; the pipeline is as it was.
     """
-    from planner.apply import apply_settings
+    from planner.apply import Applied
     from planner.dryrun.facts import read_facts
     from planner.measure import reset_peak
     from planner.watch import module_counts
@@ -66,9 +66,11 @@ def put_in_force(plan: Plan, pipe: Any, *, asked: Plan | None = None, session: S
     if in_force(pipe) is not None:
         raise ApplyError("a plan is in force on this pipeline already; take it back first: plan.undo(pipe).")
     reset_peak(torch_device(plan))
-    applied = apply_settings(pipe, dict(plan.settings), torch_device(plan), read_facts(pipe))
+    applied = Applied.begin(pipe, plan.settings)
     try:
+        applied.put(torch_device(plan), read_facts(pipe))
         object.__setattr__(pipe, _MARK, InForce(asked or plan, plan, applied, module_counts(pipe), session))
+        plan._remember(pipe)
     except BaseException:
         applied.undo()
         raise
@@ -79,14 +81,11 @@ def take_back(pipe: Any) -> None:
     current = in_force(pipe)
     if current is None:
         raise ApplyError("no plan of this process is in force on this pipeline, so there is nothing to undo.")
-    vars(pipe).pop(_MARK, None)
     try:
         current.applied.undo()
-    except PlannerError:
-        raise
-    except BaseException:
-        current.applied.before.restore(pipe)  # interrupted while putting things back
-        raise
+    finally:
+        if not current.applied.in_force:
+            vars(pipe).pop(_MARK, None)
 
 
 def torch_device(plan: Plan) -> Any:

@@ -99,7 +99,6 @@ class Plan(Frozen):
         from planner.force import put_in_force
 
         put_in_force(self, pipe)
-        self._remember(pipe)
         return self
 
     def undo(self, pipe: Any = None) -> None:
@@ -173,6 +172,7 @@ class Plan(Frozen):
         text, where = _read(source)
         try:
             content = json.loads(text, parse_int=_integer, parse_float=_number, parse_constant=_number)
+            json.dumps(content, ensure_ascii=False).encode()  # half of a surrogate pair could be neither shown nor saved
         except (ValueError, RecursionError) as error:
             raise ProfileError(f"{where}: not JSON ({error}); a plan file comes from plan.to_json().") from error
         if not isinstance(content, dict) or content.get("schema") != SCHEMA:

@@ -100,19 +100,18 @@ def _whole(plan: Plan, pipe: Any, inputs: Mapping[str, Any]) -> Reference | None
 
 def _run(plan: Plan, pipe: Any, inputs: Mapping[str, Any], call: Any, device: Any) -> tuple[Any, Measurement]:
     """One seeded call of the pipeline as it is on ``device``. Raises what it raises; the pipeline is as it was either way."""
-    from planner.apply import apply_settings
+    from planner.apply import Applied
     from planner.dryrun.facts import read_facts
     from planner.force import give_back_memory, release
     from planner.measure import measure_call
 
-    applied = None
+    applied = Applied.begin(pipe, plan.baseline)
     try:
-        applied = apply_settings(pipe, dict(plan.baseline), device, read_facts(pipe))
+        applied.put(device, read_facts(pipe))
         found = measure_call(pipe, lambda: run_seeded(pipe, inputs, call), device, counters=False, limit_seconds=2 * REFERENCE_SECONDS)
     except BaseException as error:
         release(error)
-        if applied is not None:
-            applied.undo()
+        applied.undo()
         give_back_memory(pipe)
         raise
     applied.undo()

@@ -142,7 +142,6 @@ class Session:
         say(f"applying {changes} (about {format_seconds(plan.predicted.setup_seconds)})")
         try:
             put_in_force(plan, pipe, session=self)
-            plan._remember(pipe)
             if not verify:
                 return None
             say(f"checking with one run (a call takes about {format_seconds(plan.predicted.latency_seconds)})")

@@ -138,9 +138,20 @@ def place(tensor: torch.Tensor, device: torch.device) -> None:
     moved = tensor.detach().to(device)
     if hasattr(type(tensor.data), "__tensor_unflatten__"):
         # ``.data =`` would leave the inner tensors of a quantized weight behind.
-        torch.utils.swap_tensors(tensor, _alike(tensor, moved))
+        _swap(tensor, _alike(tensor, moved))
     else:
         tensor.data = moved
+
+
+def _swap(tensor: torch.Tensor, fresh: torch.Tensor) -> None:
+    """``swap_tensors``, which takes several steps, the tensors themselves last: all of them or none."""
+    before, kept = tensor.device, [(each, type(each), vars(each)) for each in (tensor, fresh)]
+    try:
+        torch.utils.swap_tensors(tensor, fresh)
+    except BaseException:
+        for each, kind, entries in kept if tensor.device == before else ():
+            each.__class__, each.__dict__ = kind, entries
+        raise
 
 
 def _alike(tensor: torch.Tensor, moved: torch.Tensor) -> torch.Tensor:

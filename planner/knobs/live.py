@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -23,8 +23,8 @@ def nothing() -> None:
 def reversible(site: Site, change: Callable[[], None], official: Callable[[], None] = nothing) -> Undo:
     """Run ``change``; the result runs ``official`` (the library's own way back) and then restores what it left over.
 
-    When ``change`` raises, whatever it did is undone before the exception goes on. ``official`` must bear a change
-    that happened only in part. Undoing twice does nothing.
+    It is registered before the change begins: when that raises, the transaction undoes whatever it did. ``official`` must bear
+    a change that happened only in part, and being called again after it failed itself. Once done, undoing does nothing.
     """
     snapshot = Snapshot.of(site.pipe)
     pending = [True]
@@ -32,21 +32,14 @@ def reversible(site: Site, change: Callable[[], None], official: Callable[[], No
     def undo() -> None:
         if not pending:
             return
-        pending.clear()
         try:
             official()
-        finally:
+        finally:  # a library's way back may stumble over its own half-made hooks
             snapshot.restore(site.pipe)
+        pending.clear()
 
     site.started.append(undo)
-    try:
-        with quiet():
-            change()
-    except BaseException:
-        # A library's way back may stumble over its own half-made hooks; the snapshot is restored all the same.
-        with suppress(Exception):
-            undo()
-        raise
+    change()
     return undo
 
 
@@ -74,15 +67,19 @@ def place_module(module: nn.Module, device: Any) -> None:
         place(tensor, torch.device(device))
 
 
+def loggers() -> list[logging.Logger]:
+    """Of the libraries that talk while they are changed."""
+    return [logging.getLogger(name) for name in ("diffusers", "accelerate")]
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
     """Library chatter about experimental interfaces and expected casts stays off the user's screen."""
-    loggers = [logging.getLogger(name) for name in ("diffusers", "accelerate")]
-    levels = [logger.level for logger in loggers]
+    levels = [logger.level for logger in loggers()]
     try:
-        for logger in loggers:
+        for logger in loggers():
             logger.setLevel(logging.ERROR)
         yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
+        for logger, level in zip(loggers(), levels, strict=True):
             logger.setLevel(level)

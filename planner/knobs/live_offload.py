@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import secrets
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -14,7 +15,7 @@ from torch import nn
 
 from planner.dryrun.facts import pipeline_modules
 from planner.knobs.base import Site, Undo
-from planner.knobs.live import place_everything, place_module, reversible
+from planner.knobs.live import place_everything, place_module, reversible, tensor_slots
 from planner.knobs.offload import group_type, kept_by
 
 HOST = torch.device("cpu")
@@ -54,10 +55,14 @@ def _remove_accelerate_hooks(site: Site) -> None:
 def group(site: Site, offload: str) -> Undo:
     """Group offload, component by component; those that cannot, or are to be kept, stay on the device."""
     kept = kept_by(site.settings)
-    folder = Path(tempfile.mkdtemp(prefix="planner-offload-")) if site.settings.get("offload_disk") else None
+    folder = Path(tempfile.gettempdir(), f"planner-offload-{secrets.token_hex(8)}") if site.settings.get("offload_disk") else None
+    held: list[tuple[torch.Tensor, torch.Tensor]] = []
+    """Weights on their way into files: until a component's hooks are complete, nothing else knows which file is whose."""
 
     def change() -> None:
         place_everything(site, HOST)
+        if folder is not None:
+            folder.mkdir(mode=0o700)
         for component in site.facts.components:
             module = pipeline_modules(site.pipe)[component.name]
             kind = None if component.name in kept else group_type(component, offload)
@@ -65,11 +70,16 @@ def group(site: Site, offload: str) -> Undo:
             path = None if folder is None or component.tied_weights else folder / component.name
             if kind is None:
                 place_module(module, indexed(site.device))
-            else:
-                _enable_group(site, module, kind, path)
+                continue
+            if path is not None:
+                held.extend((tensor, tensor.data) for _, tensor in tensor_slots(module))
+            _enable_group(site, module, kind, path)
+            held.clear()
 
     def official() -> None:
         _disable_groups(site)
+        for tensor, data in held:
+            tensor.data = data
         if folder is not None:
             shutil.rmtree(folder, ignore_errors=True)
 
@@ -123,10 +133,13 @@ def _groups(module: nn.Module) -> Iterator[Any]:
 
 
 def _read_back(offloaded: Any) -> None:
-    """Host copies become the tensors again: diffusers leaves uninitialised memory behind when it offloads to disk."""
+    """Host copies become the tensors again: diffusers leaves uninitialised memory behind when it offloads to disk.
+
+    A stream's host copies are pinned; the weights would keep that memory from being paged out for as long as they live.
+    """
     for tensor, host in getattr(offloaded, "cpu_param_dict", {}).items():
         if not hasattr(type(tensor), "__tensor_unflatten__"):
-            tensor.data = host
+            tensor.data = host.clone() if host.is_pinned() else host
     path = getattr(offloaded, "safetensors_file_path", None)
     if path is None or not offloaded._is_offloaded_to_disk:
         return
