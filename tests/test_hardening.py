@@ -25,6 +25,7 @@ from planner.dryrun.trace import from_arrays
 from planner.errors import ApplyError, PlannerError
 from planner.explain.diff import compare_plans, render
 from planner.hardware.profiles import find_gpu
+from planner.models import resolve
 from tests.golden import cases
 
 FUZZ = settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
@@ -99,6 +100,18 @@ def test_numbers_that_no_plan_has_are_refused_or_shown(field: str, number: str) 
     assert count
     with contextlib.suppress(PlannerError):
         show(Plan.from_json(text))
+
+
+def test_text_that_can_be_neither_shown_nor_saved_is_refused(plan_text: str, tmp_path: Path) -> None:
+    """Found by fuzzing: half of a surrogate pair got through as a setting's value, and as the name of a component's library."""
+    for field in ("model", "attention"):
+        changed = re.sub(rf'("{field}": )"', r'\1"\\ud800', plan_text, count=1)
+        assert changed != plan_text
+        with pytest.raises(PlannerError, match="surrogates not allowed"):
+            Plan.from_json(changed)
+    (tmp_path / "model_index.json").write_text('{"_class_name": "DiTPipeline", "vae": ["\\ud800", "AutoencoderKL"]}')
+    with pytest.raises(PlannerError, match="surrogates not allowed"):
+        resolve(tmp_path)
 
 
 def test_a_plan_of_a_model_in_an_unknown_users_home_is_shown_without_its_code() -> None:

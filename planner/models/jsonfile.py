@@ -39,6 +39,7 @@ def parse_json(data: bytes, where: str) -> dict[str, Any]:
     """A JSON object from bytes. Raises ProfileError naming ``where``."""
     try:
         value = json.loads(data.decode("utf-8"))
+        json.dumps(value, ensure_ascii=False).encode()  # half of a surrogate pair is in no name, and cannot be shown
     except RecursionError as error:
         raise ProfileError(f"{where}: nested too deeply.") from error
     except ValueError as error:
