@@ -206,8 +206,6 @@ class CostModel:
     time_scale: float = 1.0
     """Learned correction of times for this device and pipeline (1: none)."""
     evaluations: int = 0
-    replays: dict[object, Any] = field(default_factory=dict)
-    """What :mod:`planner.cost.reserved` found for recipes; no correction changes it."""
     _calls: dict[object, CallCost] = field(default_factory=dict)
     _times: dict[object, CallTime] = field(default_factory=dict)
     _running: dict[object, int] = field(default_factory=dict)

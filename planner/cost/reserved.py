@@ -48,12 +48,17 @@ def replayed(model: CostModel, recipe: Recipe, cost: Cost, limit_bytes: int | No
 
     ``most``: with the largest workspaces that convolutions are known to take.
     """
-    key = (recipe, limit_bytes, calls, most)
-    found: Reserved | None = model.replays.get(key)
+    device, tables = model.device, model.known.replays
+    own = device.total_bytes - model.coefficients.context_bytes if device.kind == "cuda" else None
+    limit = own if limit_bytes is None else limit_bytes
+    # All of the device that decides what a pass allocates: cards that are alike in it share what never met a limit.
+    alike = (recipe, device.kind, device.compute_capability, cost.blas_bytes, model.memory_scale, calls, most)
+    found = tables.get(alike)
+    if found is None or (limit is not None and found.peak_bytes > limit):
+        found = tables.get((alike, limit))
     if found is None:
-        found = model.replays[key] = _Run(model, recipe, cost, most).over(min(calls, CALLS), limit_bytes)
-        if not found.limited:
-            model.replays[recipe, None, calls, most] = found
+        found = _Run(model, recipe, cost, CachingAllocator(limit_bytes=limit), most).over(min(calls, CALLS))
+        tables[(alike, limit) if found.limited else alike] = found
     return found
 
 
@@ -96,8 +101,8 @@ class _Run:
     model: CostModel
     recipe: Recipe
     cost: Cost
+    allocator: CachingAllocator
     most: bool = False
-    allocator: CachingAllocator = field(init=False)
     _weights: dict[str, list[Block]] = field(default_factory=dict)
     _resting: dict[str, int] = field(init=False)
     _chain: list[str] = field(init=False)
@@ -108,18 +113,14 @@ class _Run:
     """Calls with states of the allocator in which a pass leaves it as it was."""
 
     def __post_init__(self) -> None:
-        limit = self.model.device.total_bytes - self.model.coefficients.context_bytes
         facts = self.model.traces.facts
-        self.allocator = CachingAllocator(limit_bytes=limit if self.model.device.kind == "cuda" else None)
         self._resting = resting_bytes(facts, self.cost.trace)
         moving = {component.name for component in facts.components if not self._stays(component)}
         self._chain = [name for name in facts.offload_sequence if name in moving]
 
-    def over(self, calls: int, limit_bytes: int | None) -> Reserved:
+    def over(self, calls: int) -> Reserved:
         """Some calls of the pipeline, or as many as change anything."""
         allocator = self.allocator
-        if limit_bytes is not None:
-            allocator.limit_bytes = limit_bytes
         self.load()
         for _ in range(calls):
             state = allocator.reserved_bytes, allocator.peak_reserved_bytes

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Set
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from planner.cost.condense import repeats
 from planner.cost.quantized import IMMOVABLE, fused_bytes, leaf_bytes
@@ -13,6 +14,9 @@ from planner.dtypes import parse_dtypes
 from planner.facts import ComponentFacts, PipelineFacts
 from planner.recipe import Recipe
 from planner.types import DTYPE_BYTES, DTYPES
+
+if TYPE_CHECKING:
+    from planner.cost.reserved import Reserved
 
 _GROUPED = ("group_block", "group_leaf")
 _WINDOWED = ("sequential", *_GROUPED)
@@ -78,6 +82,8 @@ class Known:
     condensed: dict[int, tuple[CallTrace, Ints]] = field(default_factory=dict)
     held: dict[int, tuple[list[int], list[int], int]] = field(default_factory=dict)
     most_live: dict[object, Ints] = field(default_factory=dict)
+    replays: dict[object, Reserved] = field(default_factory=dict)
+    """What :mod:`planner.cost.reserved` found for recipes."""
     least: dict[object, int] = field(default_factory=dict)
     things: dict[int, object] = field(default_factory=dict)
     """By id: keys of the tables above are ids of these."""
