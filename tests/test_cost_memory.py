@@ -64,6 +64,13 @@ def test_large_tf32_convolutions_copy_their_input_only_and_plain_fp32_nothing() 
     assert convolution_bytes(half, H100, Recipe()).tolist() == [(1024 + 512) * MIB + 256 * 128 * 9 * 4]
 
 
+def test_volta_copies_no_output() -> None:
+    call = convolution(1, 256, 256, 1024, "fp16", 2)
+    volta = H100.model_copy(update={"compute_capability": (7, 0)})
+    assert convolution_bytes(call, volta, Recipe()).tolist() == [512 * MIB + 256 * 256 * 9 * 2]
+    assert convolution_bytes(call, volta, Recipe(), most=True).tolist() == convolution_bytes(call, H100, Recipe()).tolist()
+
+
 def test_convolutions_over_frames_copy_their_output_at_any_size() -> None:
     flat = convolution(16, 256, 128, 1024, "bf16", 2)
     dims = (16, 256, 1024 * 1024, 128, 9, 1, 1, 3)

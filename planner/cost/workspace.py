@@ -41,6 +41,7 @@ def uses_channels_last_kernels(device: Device, call: CallTrace) -> Ints:
     return ((call.kind == Kind.CONVOLUTION) & (half | single)).astype(np.int64)
 
 
+COPIES_OUTPUT_FROM = (7, 5)
 DIRECT_OUTPUT_LIMIT = 1 << 38
 """Output elements times output channels from which 16-bit convolutions write NCHW themselves. Source: see below."""
 DIRECT_TF32_LIMIT = 1 << 36
@@ -58,6 +59,8 @@ def convolution_bytes(call: CallTrace, device: Device, recipe: Recipe, *, most: 
     Algorithms that a search settled on write NCHW, too (ONNX Runtime's SD 1.5 table, second runs).
     Convolutions over frames copy their output at any size: HunyuanVideo's decoder peaks 3.2 GiB above liveness and the input's copy,
     which is that output (Hugging Face blog video_gen, January 2025).
+    Volta copies no output: its allocated peaks in diffusers' own benchmark (2023, SD 1.5, batch 1 and 4) are liveness and the input's
+    copy within 2 %, and without the output's copy LambdaLabs' reserved ones come out within 4 % as well.
     Under ``channels_last`` the output needs no copy; the input still does, for group norm hands it over in NCHW.
     Beside the tensors lies the weight in the kernel's own order, which is how these kernels' names begin (``nhwckrsc``).
     ``most``: every output is copied, which kernels of some cards and releases do where those above do not.
@@ -75,7 +78,8 @@ def convolution_bytes(call: CallTrace, device: Device, recipe: Recipe, *, most: 
     searched = recipe.cudnn_benchmark and recipe.settled
     limit = np.where(np.isin(call.dtype, _SIXTEEN_BIT), DIRECT_OUTPUT_LIMIT, DIRECT_TF32_LIMIT)
     copies_output = out_elements * dims[:, 3] < limit
-    copies_output = (copies_output & (not searched) | most | (dims[:, 7] == 3)) & (not recipe.channels_last)
+    copies_output &= not searched and (device.compute_capability or COPIES_OUTPUT_FROM) >= COPIES_OUTPUT_FROM
+    copies_output = (copies_output | most | (dims[:, 7] == 3)) & (not recipe.channels_last)
     weight_bytes = 0 if recipe.channels_last else call.param_bytes
     return nhwc * (input_bytes + copies_output * out_elements * dtype_bytes(call) + weight_bytes)
 
