@@ -18,7 +18,7 @@ from planner.progress import Progress, silent
 from planner.reference import Reference, kind, reference
 from planner.types import KnobValue, Measurement
 from planner.units import format_seconds
-from planner.verify import NUMERIC_KNOBS, OVERFLOWING, Check, check
+from planner.verify import NUMERIC_KNOBS, OVERFLOWING, Check, check, check_seconds, compiles
 
 if TYPE_CHECKING:
     from planner.autoplan import Request
@@ -139,12 +139,14 @@ class Session:
     def _try(self, plan: Plan, pipe: Any, compared: Reference | None, say: Progress, verify: bool) -> Tried:
         """One attempt: the plan is in force and this is its check (None: not asked for), or it did not get through and is not."""
         changes = ", ".join(f"{name}={value}" for name, value in plan.changes.items()) or "nothing: the pipeline stays as it is"
-        say(f"applying {changes} (about {format_seconds(plan.predicted.setup_seconds)})")
+        first = "before it compiles, some seconds" if compiles(plan) else f"about {format_seconds(plan.predicted.setup_seconds)}"
+        say(f"applying {changes} ({first})")
         try:
             put_in_force(plan, pipe, session=self)
             if not verify:
                 return None
-            say(f"checking with one run (a call takes about {format_seconds(plan.predicted.latency_seconds)})")
+            what = "compiling, then checking with one run" if compiles(plan) else "checking with one run"
+            say(f"{what} and what it takes to measure it (about {format_seconds(check_seconds(plan, pipe, self.inputs))})")
             seen = check(plan, pipe, self.inputs, compared)
         except Exception as error:
             if not is_out_of_memory(error):

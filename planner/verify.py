@@ -73,6 +73,24 @@ def few_steps(pipe: Any, inputs: Mapping[str, Any]) -> int:
     return math.ceil(SHORT_STEPS / strength) if isinstance(strength, float) and 0 < strength < 1 else SHORT_STEPS
 
 
+def compiles(plan: Plan) -> bool:
+    """Whether the first run under the plan compiles."""
+    return plan.settings.get("compile", "none") != "none"
+
+
+def _warmups(plan: Plan) -> int:
+    """Runs before the measured one; the CPU's run for the allocator's events warms up as well."""
+    return 1 if compiles(plan) or plan.device.kind != "cpu" else 0
+
+
+def check_seconds(plan: Plan, pipe: Any, inputs: Mapping[str, Any]) -> float:
+    """How long :func:`check` is predicted to take: its runs, and setting up where the first of them compiles."""
+    parts = int(plan.settings.get("batch_split", 1))
+    left_out = short_call(plan, pipe, inputs).left_out * (plan.predicted.step_seconds or 0.0) * parts
+    runs = _warmups(plan) + (1 if plan.device.kind == "cpu" else 0) + 1
+    return runs * max(plan.predicted.latency_seconds - left_out, 0.0) + (plan.predicted.setup_seconds if compiles(plan) else 0.0)
+
+
 def check(plan: Plan, pipe: Any, inputs: Mapping[str, Any], compared: Reference | None = None) -> Check:
     """Run the applied plan once and compare. Whatever the pipeline raises comes out, an OOM among it.
 
@@ -82,10 +100,7 @@ def check(plan: Plan, pipe: Any, inputs: Mapping[str, Any], compared: Reference 
     from planner.force import torch_device
     from planner.measure import measure_call
 
-    short, device = short_call(plan, pipe, inputs), torch_device(plan)
-    compiled = plan.settings.get("compile", "none") != "none"
-    # The CPU's run for the allocator's events warms up as well.
-    warm = 1 if compiled or device.type != "cpu" else 0
+    short, device, warm = short_call(plan, pipe, inputs), torch_device(plan), _warmups(plan)
 
     def once() -> Any:
         return run_seeded(pipe, short.inputs, lambda given: call_split(plan, pipe, given))
@@ -100,7 +115,7 @@ def check(plan: Plan, pipe: Any, inputs: Mapping[str, Any], compared: Reference 
         seen = seen.model_copy(update=times | {"repetitions": (*seen.repetitions, *again.repetitions)})
     found = [samples(output)]
     if compared is not None and compared.inputs is not None:
-        found.append(samples(_smaller_call(pipe, compared.inputs, compiled)))
+        found.append(samples(_smaller_call(pipe, compared.inputs, compiles(plan))))
     return _judged(plan, found, compared, slower, _whole(plan, seen, short.left_out))
 
 

@@ -115,22 +115,21 @@ def outcome(action: Callable[[], Any]) -> BaseException | None:
 
 
 def places(action: Callable[[], Any], chance: Random, known: set[CodeType]) -> list[tuple[Place, BaseException]]:
-    """Where to raise what. All: every line at its first and its last execution, knobs' lines with either error; lines that are
-    the same whatever the settings are (``known`` has them) once only. The sample has as many of this package as of the libraries.
+    """Where to raise what. All: every line at its last execution, when most has been changed, a knob's also at its first and with
+    either error; lines of this package that are the same whatever the settings are (``known`` has them) once only. The sample has
+    as many of this package as of the libraries.
     """
-    found = [Place(code, line, number) for (code, line), count in executed(action).items() for number in sorted({1, count})]
-    errors = (Fault("injected"), KeyboardInterrupt())
+    lines, errors = executed(action), (Fault("injected"), KeyboardInterrupt())
     if ALL:
-        fresh = [place for place in found if place.code not in known]
-        known |= {place.code for place in fresh if "/planner/knobs/" not in place.code.co_filename and own(place)}
-        return [(place, error) for number, place in enumerate(fresh) for error in (errors if own(place) else errors[number % 2 :][:1])]
-    drawn = [place for is_own in (True, False) for group in [[place for place in found if own(place) is is_own]]
-             for place in chance.sample(group, min(SAMPLE // 2, len(group)))]  # fmt: skip
+        fresh = [(Place(code, line, count), code.co_filename) for (code, line), count in lines.items() if code not in known]
+        known |= {place.code for place, file in fresh if "/planner/" in file and "/planner/knobs/" not in file}
+        return [(at, error) for number, (place, file) in enumerate(fresh) for is_knob in ["/planner/knobs/" in file]
+                for at in ({place, place._replace(number=1)} if is_knob else {place})
+                for error in (errors if is_knob else errors[number % 2 :][:1])]  # fmt: skip
+    found = [Place(code, line, number) for (code, line), count in lines.items() for number in sorted({1, count})]
+    groups = [[place for place in found if ("/planner/" in place.code.co_filename) is own] for own in (True, False)]
+    drawn = [place for group in groups for place in chance.sample(group, min(SAMPLE // 2, len(group)))]
     return [(place, errors[number % 2]) for number, place in enumerate(drawn)]
-
-
-def own(place: Place) -> bool:
-    return "/planner/" in place.code.co_filename
 
 
 class World:

@@ -10,7 +10,9 @@ import random
 import re
 import time
 from collections import Counter
+from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -24,14 +26,15 @@ from planner.cost.model import CostModel
 from planner.decide import settings_estimate
 from planner.dryrun.provider import Traces
 from planner.errors import ApplyError, NoFeasiblePlan, PlannerError, VerificationError
-from planner.force import in_force, is_out_of_memory, release
+from planner.force import MAX_RECOVERIES, in_force, is_out_of_memory, release
+from planner.knobs import knob
 from planner.models import resolve
 from planner.progress import to_stderr
 from planner.reference import Reference
 from planner.session import Session
 from planner.snapshot import Snapshot
 from planner.types import Device, KnobValue, Workload
-from planner.verify import OUTPUT_TOLERANCE, check, samples
+from planner.verify import OUTPUT_TOLERANCE, check, check_seconds, samples
 from tests import sim as simulator
 from tests.zoo import FAMILIES, prepared
 
@@ -149,6 +152,7 @@ def test_running_out_later_is_recovered_from_and_told(sim: Any, family: str, cap
     with caplog.at_level(logging.WARNING):
         output = plan.run(untouched.pipe, **inputs)
     assert np.isfinite(output.images).all()
+    assert "can be had now; plan.replan(pipe, ...) makes a plan for it" in caplog.records[0].message, "warned before anything failed"
     current = in_force(untouched.pipe)
     assert current is not None
     assert current.plan.predicted.peak_allocated_bytes <= 1000 * KIB
@@ -193,6 +197,43 @@ def test_later_when_nothing_fits_the_pipeline_comes_back(sim: Any, family: str) 
     untouched.assert_holds()
 
 
+def test_plans_are_replaced_a_bounded_number_of_times(sim: Any, family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pipeline that is out of memory whatever is done: it comes back after as many plans as are promised, while others are left."""
+    untouched, inputs = Untouched(family), prepared(family)[1]
+    plan = planned(family, 1 << 30)
+    tried: list[dict[str, KnobValue]] = []
+
+    def full(given: Plan, *_: Any, **__: Any) -> Any:
+        tried.append(given.settings)
+        raise simulator.out_of_memory()
+
+    with monkeypatch.context() as patch:
+        patch.setattr("planner.calls.call_split", full)
+        with pytest.raises(NoFeasiblePlan, match=rf"{MAX_RECOVERIES + 1} plans were tried"):
+            plan.run(untouched.pipe, **inputs)
+    assert len(tried) == MAX_RECOVERIES + 1
+    assert len({str(settings) for settings in tried}) == len(tried), "none is tried twice"
+    untouched.assert_holds()
+
+
+def test_what_was_seen_when_memory_ran_out_is_kept(sim: Any, family: str, tmp_path: Path) -> None:
+    from planner.calibrate import Calibration, device_key
+    from planner.calibrate.store import Store
+    from planner.force import Evidence
+
+    one, store = session(family, 4 << 20), Store(tmp_path)
+    plan = one.decide()
+    key = device_key(plan.device)
+    one.calibration = Calibration(one.calibration.coefficients, {}, "assumed", (), key, store)
+    one.after_out_of_memory(plan, Evidence(peak_bytes=plan.predicted.peak_allocated_bytes // 2, available_bytes=4 << 20))
+    assert store.load(key).observations == (), "less than predicted teaches nothing: the run ended early"
+    one.after_out_of_memory(plan, Evidence(peak_bytes=plan.predicted.peak_allocated_bytes * 2, available_bytes=4 << 20))
+    (kept,) = Store(tmp_path).load(key).observations
+    assert kept.memory_ratio is not None
+    assert kept.memory_ratio > 1
+    assert kept.time_ratio is None
+
+
 def test_an_underestimate_corrects_the_model_and_a_neighbour_does_not(sim: Any, family: str) -> None:
     """2 MiB were allocated where 1 was predicted: activations scale; memory taken by others only lowers the budget."""
     from planner.force import Evidence
@@ -227,6 +268,18 @@ def test_what_counts_as_out_of_memory(error: Exception, expected: bool) -> None:
     wrapped.__cause__ = error
     assert is_out_of_memory(error) is expected
     assert is_out_of_memory(wrapped) is expected
+
+
+def test_the_check_keeps_all_counters_of_the_device(sim: Any, family: str) -> None:
+    plan = planned(family, 1 << 30)
+    sim.memory.other_process_bytes = 4096
+    seen = plan.measured
+    assert seen is not None
+    assert plan.predicted.peak_reserved_bytes >= plan.predicted.peak_allocated_bytes > 0
+    assert None not in (seen.peak_allocated_bytes, seen.peak_reserved_bytes, seen.device_used_bytes, seen.step_seconds)
+    assert seen.peak_allocated_bytes <= seen.peak_reserved_bytes <= seen.device_used_bytes <= sim.memory.total_bytes  # type: ignore[operator]
+    assert seen.latency_seconds > seen.step_seconds > 0  # type: ignore[operator]
+    plan.undo(prepared(family)[0])
 
 
 # -- what changes after planning --------------------------------------------------------------------------------------
@@ -506,6 +559,35 @@ def test_a_compiled_plan_is_measured_warm_and_compared_without_compiling_again()
         torch._dynamo.reset()
 
 
+@pytest.mark.parametrize("error", [simulator.out_of_memory(), RuntimeError("no compiler here"), KeyboardInterrupt()], ids=repr)
+def test_what_fails_while_compiling_rolls_back(sim: Any, family: str, error: BaseException, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Compiling happens in the first checked run. Whatever else fails, a plan without it takes its place."""
+    untouched, compiler = Untouched(family), torch.compile
+
+    def backend(graph: Any, examples: Any) -> Any:
+        raise error
+
+    monkeypatch.setattr(torch, "compile", lambda *args, **options: compiler(*args, **{**options, "backend": backend, "mode": None}))
+    monkeypatch.setattr(type(knob("compile")), "refuse", lambda *_: None)  # a simulated device compiles nothing
+    one = session(family, 1 << 30)
+    one.inputs = prepared(family)[1]
+    plan = one.decide()
+    compiled = plan.model_copy(update={"settings": plan.settings | {"compile": "default"}})
+    try:
+        if isinstance(error, KeyboardInterrupt):
+            with pytest.raises(KeyboardInterrupt):
+                one.settle(compiled, untouched.pipe)
+        else:
+            settled = one.settle(compiled, untouched.pipe)
+            assert settled.settings["compile"] == "none"
+            assert settled.measured is not None
+            assert any(("out of memory" in line) is isinstance(error, torch.OutOfMemoryError) for line in settled.warnings)
+            settled.undo(untouched.pipe)
+    finally:
+        torch._dynamo.reset()
+    untouched.assert_holds()
+
+
 # -- what a person is told --------------------------------------------------------------------------------------------
 
 
@@ -516,6 +598,22 @@ def test_every_long_stage_says_what_it_does_and_how_long_it_takes(sim: Any, fami
     stages = ["tracing the pipeline on meta", "searching", "running the pipeline as it is", "applying dtype=bf16", "checking with one run"]
     assert [next(line for line in told if line.startswith(stage)) for stage in stages] == told
     assert all(re.search(r"\((some seconds|.*about [\d.]+ .?s)\)$", line) for line in told), told
+
+
+def test_compiling_is_announced_with_its_time(sim: Any, family: str) -> None:
+    """Not before it happens, which is in the first run of the check."""
+    one = session(family, 1 << 30)
+    plan = one.decide()
+    predicted = plan.predicted.model_copy(update={"setup_seconds": 30.0, "latency_seconds": 2.0})
+    compiled = plan.model_copy(update={"settings": plan.settings | {"compile": "default"}, "predicted": predicted})
+    assert check_seconds(compiled, prepared(family)[0], one.inputs) == 30 + 2 * 2
+    told: list[str] = []
+    failing = {"side_effect": KeyboardInterrupt}
+    with mock.patch("planner.session.check", **failing), pytest.raises(KeyboardInterrupt):
+        one.settle(compiled, prepared(family)[0], told.append)
+    assert told[-2].endswith("(before it compiles, some seconds)")
+    assert told[-1].startswith("compiling, then checking with one run")
+    assert told[-1].endswith("(about 34.00 s)")
 
 
 def test_progress_is_quiet_when_nobody_watches(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
