@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from random import Random
@@ -201,7 +202,7 @@ def test_offload_to_disk_comes_back_and_keeps_components_apart(tmp_path: Any, mo
     """Two CLIPs of one class once shared files; the device is the CPU here, as safetensors cannot load elsewhere."""
     family = "sd3"
     pipe, reference, facts = prepared(family)
-    monkeypatch.setattr(live_offload_module.tempfile, "gettempdir", lambda: str(tmp_path))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     before = Snapshot.of(pipe, checksums=True)
     site = Site(pipe=pipe, device="cpu", facts=facts, settings={"offload_disk": True})
     undo = live_offload_module.group(site, "group_leaf")
@@ -217,6 +218,25 @@ def test_offload_to_disk_comes_back_and_keeps_components_apart(tmp_path: Any, mo
 
 
 # --- failures -------------------------------------------------------------------------------------------------------
+
+@pytest.mark.skipif(sys.platform == "win32", reason="limits on file sizes are POSIX")
+def test_a_disk_that_is_full_rolls_weights_in_files_back(tmp_path: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A limit on file sizes is what a process sees of a full disk: writing stops in the middle of a component."""
+    import resource
+
+    pipe, _, facts = prepared("flux")
+    before = Snapshot.of(pipe, checksums=True)
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (8192, limits[1]))
+    try:
+        with pytest.raises(ApplyError, match=r"offload=group_leaf could not be applied .*as it was before"):
+            apply_settings(pipe, {"offload": "group_leaf", "offload_disk": True}, "cpu", facts)
+        assert not list(tmp_path.iterdir())
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert_untouched("flux", before)
+
 
 def test_running_out_of_memory_while_moving_rolls_back() -> None:
     pipe, _, facts = prepared("flux")

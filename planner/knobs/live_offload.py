@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import secrets
-import shutil
-import tempfile
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +12,7 @@ import torch
 from torch import nn
 
 from planner.dryrun.facts import pipeline_modules
+from planner.files import ScratchFolder
 from planner.knobs.base import Site, Undo
 from planner.knobs.live import place_everything, place_module, reversible, tensor_slots
 from planner.knobs.offload import group_type, kept_by
@@ -55,19 +54,20 @@ def _remove_accelerate_hooks(site: Site) -> None:
 def group(site: Site, offload: str) -> Undo:
     """Group offload, component by component; those that cannot, or are to be kept, stay on the device."""
     kept = kept_by(site.settings)
-    folder = Path(tempfile.gettempdir(), f"planner-offload-{secrets.token_hex(8)}") if site.settings.get("offload_disk") else None
+    folder = ScratchFolder("planner-offload-") if site.settings.get("offload_disk") else None
     held: list[tuple[torch.Tensor, torch.Tensor]] = []
     """Weights on their way into files: until a component's hooks are complete, nothing else knows which file is whose."""
 
     def change() -> None:
         place_everything(site, HOST)
         if folder is not None:
-            folder.mkdir(mode=0o700)
+            weakref.finalize(site.pipe, folder.remove)
+            folder.make()
         for component in site.facts.components:
             module = pipeline_modules(site.pipe)[component.name]
             kind = None if component.name in kept else group_type(component, offload)
             # With tied weights the second group would write what the first has already emptied.
-            path = None if folder is None or component.tied_weights else folder / component.name
+            path = None if folder is None or component.tied_weights else folder.path / component.name
             if kind is None:
                 place_module(module, indexed(site.device))
                 continue
@@ -81,7 +81,7 @@ def group(site: Site, offload: str) -> Undo:
         for tensor, data in held:
             tensor.data = data
         if folder is not None:
-            shutil.rmtree(folder, ignore_errors=True)
+            folder.remove()
 
     return reversible(site, change, official)
 
