@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import json
 import logging
@@ -18,6 +19,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+import planner
 from planner import Plan
 from planner.calibrate.store import Store
 from planner.dryrun import store
@@ -184,6 +186,59 @@ def test_a_damaged_trace_is_ignored(data: st.DataObject, tmp_path_factory: pytes
 def test_any_name_is_a_gpu_or_an_error(name: str) -> None:
     with contextlib.suppress(PlannerError):
         find_gpu(name)
+
+
+# -- nothing that is read is run ---------------------------------------------------------------------------------------
+
+UNPICKLERS = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "marshal", "shelve", "yaml"}
+
+
+def test_no_code_here_unpickles_or_runs_text() -> None:
+    sources = sorted(Path(planner.__file__).parent.rglob("*.py"))
+    assert len(sources) > 100
+    found = [f"{path.name}:{node.lineno}" for path in sources for node in ast.walk(ast.parse(path.read_text())) if runs_what_it_reads(node)]
+    assert found == []
+
+
+def runs_what_it_reads(node: Any) -> bool:
+    if isinstance(node, ast.Import | ast.ImportFrom):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else [node.module or ""]
+        return bool({name.partition(".")[0] for name in names} & UNPICKLERS)
+    if not isinstance(node, ast.Call):
+        return False
+    refused = {"allow_pickle": True, "trust_remote_code": True, "weights_only": False}
+    if any(word.arg in refused and not (isinstance(word.value, ast.Constant) and word.value.value is not refused[word.arg])
+           for word in node.keywords):  # fmt: skip
+        return True
+    return ast.unparse(node.func) in ("eval", "exec", "compile", "torch.load", "torch.jit.load", "torch.hub.load")
+
+
+@pytest.mark.parametrize(("text", "expected"), [
+    ("import pickle", True), ("from torch import nn", False), ("torch.load(path)", True), ("model.eval()", False), ("exec(text)", True),
+    ("np.load(f, allow_pickle=x)", True), ("np.load(f, allow_pickle=False)", False),
+])  # fmt: skip
+def test_the_check_finds_what_it_looks_for(text: str, expected: bool) -> None:
+    assert any(map(runs_what_it_reads, ast.walk(ast.parse(text)))) is expected
+
+
+@pytest.mark.slow
+def test_nothing_is_unpickled_while_files_are_read(tmp_path: Path) -> None:
+    """Python's own audit event of the unpickler, while a folder, a cached trace, a plan and calibrations are read."""
+    watched = (
+        "import sys, runpy\n"
+        "def watch(event, args):\n    if event == 'pickle.find_class': print('unpickled', args, file=sys.stderr)\n"
+        "sys.addaudithook(watch); sys.argv = sys.argv[1:]; runpy.run_module('planner', run_name='__main__')"
+    )  # fmt: skip
+    folder = Path(planner.__file__).parents[1] / "profiles/models/stable-diffusion-v1-5"
+    variables = {**os.environ, "PLANNER_CACHE_DIR": str(tmp_path)}
+    (tmp_path / "plan.json").write_text(cases.untouched().to_json())
+    asked = (["explain", str(folder), "--gpu", "RTX 3060", "--json"], ["explain", str(folder), "--gpu", "RTX 3060", "--json"],
+             ["diff", str(tmp_path / "plan.json"), str(tmp_path / "plan.json")])  # fmt: skip
+    for arguments in asked:
+        done = subprocess.run([sys.executable, "-c", watched, "planner", *arguments], env=variables, capture_output=True, text=True,
+                              timeout=300, check=False)  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        assert "unpickled" not in done.stderr
 
 
 # -- the cache directory ----------------------------------------------------------------------------------------------
