@@ -114,12 +114,12 @@ def outcome(action: Callable[[], Any]) -> BaseException | None:
     return None
 
 
-def places(action: Callable[[], Any], chance: Random, known: set[CodeType]) -> list[tuple[Place, BaseException]]:
+def places(action: Callable[[], Any], chance: Random, known: set[CodeType]) -> list[tuple[Place, type[BaseException]]]:
     """Where to raise what. All: every line at its last execution, when most has been changed, a knob's also at its first and with
     either error; lines of this package that are the same whatever the settings are (``known`` has them) once only. The sample has
     as many of this package as of the libraries.
     """
-    lines, errors = executed(action), (Fault("injected"), KeyboardInterrupt())
+    lines, errors = executed(action), (Fault, KeyboardInterrupt)
     if ALL:
         fresh = [(Place(code, line, count), code.co_filename) for (code, line), count in lines.items() if code not in known]
         known |= {place.code for place, file in fresh if "/planner/" in file and "/planner/knobs/" not in file}
@@ -176,6 +176,8 @@ class Trial:
         for _ in range(2):  # libraries fill tables of their own at first
             self.put()
             take_back(self.pipe)
+        gc.collect()
+        gc.freeze()  # what is there by now is not looked at again by the collections after every failure
         return World(self.pipe)
 
     def put(self) -> None:
@@ -186,7 +188,8 @@ class Trial:
         world = self.prepare(settings)
         chosen = places(self.put, self.chance, self.known)
         take_back(self.pipe)
-        for place, error in chosen:
+        for place, kind in chosen:
+            error = kind("injected")
             where = (settings, str(place), repr(error))
             caught = outcome(lambda at=place, one=error: raising(self.put, at, one))
             if caught is None:
@@ -204,7 +207,8 @@ class Trial:
         self.put()
         chosen = places(lambda: take_back(self.pipe), self.chance, self.known)
         handler = signal.getsignal(signal.SIGINT)
-        for number, (place, error) in enumerate(chosen):
+        for number, (place, kind) in enumerate(chosen):
+            error = kind("injected")
             where = (settings, str(place), repr(error))
             self.put()
             pressed = isinstance(error, KeyboardInterrupt) and number % 4 < 2
@@ -219,10 +223,7 @@ class Trial:
 
 
 @pytest.fixture
-def few_objects() -> Iterator[None]:
-    """What is there before is not looked at again by the collections after every failure."""
-    gc.collect()
-    gc.freeze()
+def collector_as_before() -> Iterator[None]:
     yield
     gc.unfreeze()
 
@@ -231,7 +232,7 @@ def few_objects() -> Iterator[None]:
 @pytest.mark.parametrize(("family", "kind"), [("sd15", "cpu"), ("flux", "sim"), *([("flux", "cpu"), ("sd15", "sim")] if ALL else [])])
 @pytest.mark.parametrize("when", [Trial.while_applying, Trial.while_taking_back])
 def test_a_fault_at_any_line_leaves_all_as_it_was(
-    family: str, kind: str, when: Callable[[Trial, Settings], int], few_objects: None, capsys: pytest.CaptureFixture[str],
+    family: str, kind: str, when: Callable[[Trial, Settings], int], collector_as_before: None, capsys: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     trial, counts = Trial(family, kind), Counter[str]()
     with sim.active() if kind == "sim" else nullcontext():
