@@ -26,8 +26,9 @@ LIMIT_BYTES = 4 << 30
 SLOW_SECONDS = 10.0
 TOKEN = re.compile(r'"[^"\n]*"|-?\d[\d.e+-]*|\w+|[\[\]{}:,=\n]')
 ODD = (
-    "NaN", "Infinity", "1e999", "-1", "0", "0.5", "1e-320", "9" * 400, str(1 << 63), "null", "true", '""', "[]", "{}", "[" * 2000,
-    '"../../etc/passwd"', '"/etc/passwd"', '"\\u0000"', '"\\ud800"', '"' + "x" * 9000 + '"', "{" * 500, ",,", "\n\n", "'", "\ufeff",
+    "NaN", "Infinity", "inf", "nan", "1e999", "-1", "0", "0.5", "1e-320", "9" * 400, str(1 << 63), "null", "true", '""', "[]", "{}",
+    "[" * 2000, "{" * 500, '"../../etc/passwd"', '"/etc/passwd"', '"\\u0000"', '"\\ud800"', '"' + "x" * 9000 + '"', ",,", "\n\n", "'",
+    "\ufeff",
 )  # fmt: skip
 Target = Callable[[bytes], None]
 

@@ -24,10 +24,11 @@ from planner import Plan
 from planner.calibrate.store import Store
 from planner.dryrun import store
 from planner.dryrun.trace import from_arrays
-from planner.errors import ApplyError, PlannerError
+from planner.errors import ApplyError, PlannerError, ProfileError
 from planner.explain.diff import compare_plans, render
-from planner.hardware.profiles import find_gpu
+from planner.hardware.profiles import find_gpu, load_gpu_file
 from planner.models import resolve
+from planner.resources import data_path
 from tests.golden import cases
 
 FUZZ = settings(max_examples=150, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
@@ -179,6 +180,19 @@ def test_a_damaged_trace_is_ignored(data: st.DataObject, tmp_path_factory: pytes
             del os.environ["PLANNER_CACHE_DIR"]
         else:
             os.environ["PLANNER_CACHE_DIR"] = before
+
+
+@pytest.mark.parametrize(("old", "new"), [
+    ("[", "[" * 4000), ("12288", "9" * 5000), ("12288", "9" * 400), ("360.0", "inf"), ("360.0", "nan"),
+], ids=["deep", "digits", "large", "infinite", "nan"])  # fmt: skip
+def test_hostile_gpu_files_are_refused(tmp_path: Path, old: str, new: str) -> None:
+    """Found by fuzzing: endless brackets, and numbers of more digits than Python reads."""
+    text = (data_path("profiles", "gpus") / "ampere.toml").read_text()
+    assert old in text
+    file = tmp_path / "gpu.toml"
+    file.write_text(text.replace(old, new, 1))
+    with pytest.raises(ProfileError, match=r"gpu\.toml"):
+        load_gpu_file(file)
 
 
 @FUZZ

@@ -27,7 +27,8 @@ SAME_MEMORY_TOLERANCE = 0.08
 """Cards of one NVML name are told apart by memory; ECC takes up to 1/16 of it, variants differ by 20 % or more."""
 
 T = TypeVar("T")
-Positive = Annotated[float, Field(gt=0)]
+Positive = Annotated[float, Field(gt=0, lt=1e9)]
+"""Far above any figure in its unit; neither infinite nor no number."""
 Throughput = Literal["fp32", "tf32", "fp16", "bf16", "fp8", "int8"]
 
 
@@ -58,13 +59,13 @@ class GpuProfile(Frozen):
     note: str | None = None
     architecture: str
     compute_capability: Figure[tuple[int, int]]
-    memory_mib: Figure[Annotated[int, Field(gt=0)]]
+    memory_mib: Figure[Annotated[int, Field(gt=0, lt=1 << 40)]]
     bandwidth_gb_per_second: Figure[Positive]
     pcie_generation: Figure[Annotated[int, Field(ge=1, le=5)]] | None = None
     pcie_lanes: Figure[Annotated[int, Field(ge=1, le=16)]] | None = None
     link_gb_per_second: Figure[Positive] | None = None
     """Host link each way, where it is not PCIe."""
-    sm_count: Figure[Annotated[int, Field(gt=0)]] | None = None
+    sm_count: Figure[Annotated[int, Field(gt=0, lt=1 << 20)]] | None = None
     boost_mhz: Figure[Positive] | None = None
     l2_mib: Figure[Positive] | None = None
     power_watts: Figure[Positive] | None = None
@@ -135,9 +136,11 @@ def load_gpu_file(path: Path) -> GpuFile:
     try:
         if path.stat().st_size > MAX_FILE_BYTES:
             raise ProfileError(f"{path.name}: larger than {MAX_FILE_BYTES} bytes; a GPU file holds a few kilobytes.")
-        loaded = GpuFile.model_validate(tomllib.loads(path.read_text(encoding="utf-8")))
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        content = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:  # also numbers of more digits than Python reads, and endless brackets
         raise ProfileError(f"{path.name}: cannot be read as TOML: {error}") from error
+    try:
+        loaded = GpuFile.model_validate(content)
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         raise ProfileError(f"{path.name}: {_location(first['loc'])}: {first['msg']}") from error
