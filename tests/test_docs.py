@@ -5,8 +5,10 @@ from __future__ import annotations
 import ast
 import importlib
 import importlib.util
+import io
 import json
 import re
+import sys
 import tomllib
 from pathlib import Path
 from types import ModuleType
@@ -14,14 +16,15 @@ from types import ModuleType
 import pytest
 
 import planner
+from tests.zoo import FAMILIES
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")])
 FENCE = re.compile(r"```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 
-def generator() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("docs_generate", ROOT / "docs" / "generate.py")
+def loaded(path: Path) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(path.stem, path)
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -29,7 +32,7 @@ def generator() -> ModuleType:
     return module
 
 
-GENERATE = generator()
+GENERATE = loaded(ROOT / "docs" / "generate.py")
 
 
 @pytest.fixture(scope="module")
@@ -85,6 +88,34 @@ def test_cells_of_the_notebook_run(cache: str, monkeypatch: pytest.MonkeyPatch) 
         if cell["cell_type"] == "code":
             exec("".join(cell["source"]), names)
     assert isinstance(names["plan"], planner.Plan)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A small pipeline in a folder, as a user's model would be."""
+    folder = tmp_path_factory.mktemp("model")
+    FAMILIES["sd15"].build().save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.mark.slow
+def test_example_of_a_script_runs(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert loaded(ROOT / "examples" / "script.py").main(model, "a prompt", 2) == 0
+    assert "measured   peak" in capsys.readouterr().out
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["image-0.png", "image-1.png", "plan.json"]
+    assert planner.Plan.from_json("plan.json").workload.batch_size == 2
+
+
+@pytest.mark.slow
+def test_example_of_a_batch_server_runs(model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Three requests to batches of at most two: every one is answered, and the last batch is padded."""
+    monkeypatch.chdir(tmp_path)
+    server = loaded(ROOT / "examples" / "batch_server.py")
+    monkeypatch.setattr(server, "LARGEST_BATCH", 2)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("one\ntwo\n\nthree\n"))
+    assert server.main(model) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["image-0.png", "image-1.png", "image-2.png"]
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*.py")), ids=lambda path: path.name)
