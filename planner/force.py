@@ -78,9 +78,14 @@ def put_in_force(plan: Plan, pipe: Any, *, asked: Plan | None = None, session: S
 
 def take_back(pipe: Any) -> None:
     """Undo the plan in force. Raises ApplyError when there is none, or when the pipeline still differs afterwards."""
+    from planner.watch import changed_components
+
     current = in_force(pipe)
     if current is None:
         raise ApplyError("no plan of this process is in force on this pipeline, so there is nothing to undo.")
+    if changed := changed_components(pipe):
+        names = ", ".join(changed)
+        logger.warning("%s changed after the plan was applied (a LoRA or adapter?): undo takes that away; load it again", names)
     try:
         current.applied.undo()
     finally:

@@ -279,6 +279,25 @@ def test_two_processes_planning_at_once_agree_and_leave_a_cache_that_works(tmp_p
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="pseudo-terminals are POSIX")
+def test_progress_is_shown_on_a_terminal_and_nowhere_else(tmp_path: Path) -> None:
+    import pty
+
+    reader, terminal = pty.openpty()
+    variables = {**os.environ, "PLANNER_CACHE_DIR": str(tmp_path), "TERM": "xterm"}
+    try:
+        watched = subprocess.run(EXPLAIN, env=variables, stdout=subprocess.PIPE, stderr=terminal, timeout=300, check=True)
+        os.set_blocking(reader, False)
+        assert b"planning stable-diffusion-v1-5" in os.read(reader, 1 << 16)
+    finally:
+        os.close(terminal)
+        os.close(reader)
+    piped = subprocess.run(EXPLAIN, env=variables, capture_output=True, timeout=300, check=True)
+    assert piped.stderr == b""
+    assert piped.stdout == watched.stdout
+
+
+@pytest.mark.slow
 def test_a_cache_directory_that_cannot_be_written_is_done_without(tmp_path: Path) -> None:
     """A file stands where the directory should be: it binds root, too."""
     blocked = tmp_path / "cache"

@@ -312,15 +312,32 @@ def test_changed_inputs_and_components_are_noticed_once(sim: Any, family: str, c
     untouched.assert_holds()
 
 
-def test_a_component_changed_before_applying_is_noticed(sim: Any, family: str) -> None:
+def test_a_component_changed_before_applying_is_noticed(sim: Any, family: str, caplog: pytest.LogCaptureFixture) -> None:
     pipe, inputs, _ = prepared(family)
     plan = planned(family, 1 << 30, apply=False)
     assert plan.changes_since(pipe, **inputs) == []
     pipe.transformer.proj_out.lora_A = torch.nn.Linear(2, 2)
     try:
         assert len(plan.changes_since(pipe, **inputs)) == 1
+        with caplog.at_level(logging.WARNING):
+            assert np.isfinite(plan.run(pipe, **inputs).images).all()
+        assert "is not as it was when the plan was made (a LoRA" in caplog.text
+        new = plan.replan(pipe, **inputs)
+        assert new.changes_since(pipe, **inputs) == []
+        new.undo(pipe)
+        assert pipe.transformer.proj_out.lora_A is not None
     finally:
         del pipe.transformer.proj_out.lora_A
+
+
+def test_undo_says_that_it_takes_away_what_was_loaded_meanwhile(sim: Any, family: str, caplog: pytest.LogCaptureFixture) -> None:
+    untouched = Untouched(family)
+    plan = planned(family, 1 << 30, verify=False)
+    untouched.pipe.transformer.proj_out.lora_A = torch.nn.Linear(2, 2)
+    with caplog.at_level(logging.WARNING):
+        plan.undo(untouched.pipe)
+    assert "transformer changed after the plan was applied (a LoRA or adapter?): undo takes that away" in caplog.text
+    untouched.assert_holds()
 
 
 def test_replan_keeps_the_wishes_and_takes_the_place_of_the_old_plan(sim: Any, family: str) -> None:
