@@ -74,6 +74,32 @@ def test_score_matrices_of_fp32_attention_follow_tf32() -> None:
     assert fast == pytest.approx(heads.flops[0] / (0.5 * 0.6 * 1e14))
 
 
+def test_fused_attention_in_fp32_makes_three_products_of_one() -> None:
+    heads = call_of([attention("fp32", 8, 100, 1024, 64)])
+
+    def per_flop(**changes: object) -> float:
+        return compute_seconds(heads, gpu(**changes), shares(), PLAIN, None)[0] / heads.flops[0]
+
+    assert per_flop() == pytest.approx(1 / (0.5 * 5e13 / 3))  # TF32 at a third of its rate, whatever TF32 is allowed to
+    strong = gpu().flops_per_second | {"tf32": 1e15}
+    assert per_flop(flops_per_second=strong) == pytest.approx(1 / (0.75 * 2e13))  # ordinary instructions split the numbers
+    assert per_flop(compute_capability=(7, 5)) == pytest.approx(1 / (0.75 * 2e13))  # without tensor cores
+
+
+def test_a_board_that_cannot_hold_its_clock_is_slower_at_everything() -> None:
+    held = reachable_peaks(gpu(power_watts=100.0), shares(flops_per_joule=0.25e12))
+    assert (held["fp16"], held["fp32"]) == pytest.approx((2.5e13, 5e12))
+    assert reachable_peaks(gpu(power_watts=1000.0), shares(flops_per_joule=0.25e12)) == gpu().flops_per_second
+
+
+def test_fewer_tensor_cores_are_kept_busier() -> None:
+    product = call_of([matmul("fp16", 12800, 12800, 1024)])
+    whole, cut = (gpu(flops_per_second=gpu().flops_per_second | {"fp16": peak}) for peak in (1e14, 4e13))
+    times = [seconds(product, device=device, tensor_over_fp32=5.0) for device in (whole, cut)]
+    assert times[1] == pytest.approx(times[0] * 0.5 / (0.95 * 0.4))  # more would exceed what any share is taken to be
+    assert seconds(product, device=cut) == pytest.approx(times[0] / 0.4)
+
+
 def test_head_dimensions_are_padded_to_what_the_kernel_has() -> None:
     calls = (call_of([attention("fp16", 8, 100, 1024, width)]) for width in (40, 64))
     forty, sixty_four = (compute_seconds(call, gpu(), shares(vector_share=0.1), PLAIN, None)[0] for call in calls)
@@ -105,6 +131,8 @@ def test_pointwise_kernels_are_limited_by_memory_or_by_instructions() -> None:
     assert memory == pytest.approx([4e9 / 0.8e12, 8e9 / 0.8e12])
     issued, _ = moving_seconds(call, gpu(), shares(pointwise_per_flop=0.01), PLAIN)  # 2e11 elements per second
     assert issued == pytest.approx([4e9 / (2e11 * 2), 8e9 / 0.8e12])
+    compiled, _ = moving_seconds(call, gpu(), shares(pointwise_per_flop=0.01), PLAIN, fused=True)
+    assert compiled == pytest.approx(moving_seconds(call, gpu(), shares(), PLAIN, fused=True)[0])
 
 
 def test_layer_norms_are_not_group_norms() -> None:

@@ -72,6 +72,8 @@ class Coefficients(Frozen):
     quantize_bytes_per_second: Annotated[float, Field(gt=0)]
     peak_over_fp32: Annotated[float, Field(gt=0)] | None = None
     """Cap on the reachable 16-bit peak, in multiples of the fp32 peak: silicon that feeds no more, whatever its tensor cores could."""
+    tensor_over_fp32: Annotated[float, Field(gt=0)] | None = None
+    """16-bit peak over fp32 peak of the cards that the shares were fitted on: one with fewer tensor cores keeps them busier."""
     flops_per_joule: Annotated[float, Field(gt=0)] | None = None
     """Cap on the reachable 16-bit peak per watt of board power: cards that cannot hold their boost clock."""
     memory_error: Annotated[float, Field(ge=0, lt=1)]

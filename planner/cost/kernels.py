@@ -18,6 +18,8 @@ from planner.types import Bound, Device
 
 TILE_M, TILE_N = 128, 128
 """Usual output tile of tensor-core matmul kernels; decides how a small product fills the multiprocessors."""
+MOST_SHARE = 0.95
+"""No share of a peak is taken to be larger, fitted ones included."""
 ASSUMED_SM_COUNT = 80
 HEAVY = (int(Kind.MATMUL), int(Kind.CONVOLUTION), int(Kind.ATTENTION))
 """Kinds whose kernels compute; the others only move bytes."""
@@ -29,6 +31,10 @@ SCORE_KERNELS = 5
 """Two products, a softmax, and copies of heads into the batch and back (diffusers ``Attention.get_attention_scores``)."""
 SCORE_PRODUCT_SHARE = 0.6
 """Assumed: rate of those products over that of a large matmul; their inner dimension is one head."""
+SPLIT_PRODUCTS = 3
+"""TF32 products that fused attention makes for one in fp32 from compute capability 8.0 (``OpMultiplyAddFastF32``: 3xTF32; torch
+aten/src/ATen/native/transformers/cuda/mem_eff_attention/gemm_kernel_utils.h, xformers likewise). Below, it runs without tensor cores."""
+SPLIT_FROM = (8, 0)
 SOFTMAX_WIDTH = 21.0
 """FlashAttention 2 on an H100, no mask, 16 thousand tokens: 324 TFLOP/s with heads of 64 and 370 with heads of 128 (FlashAttention-3
 paper, figure 5)."""
@@ -88,7 +94,7 @@ def _moving_seconds(call: CallTrace, device: Device, coefficients: Coefficients,
                     cudnn_benchmark: bool, settled: bool, scheme: str | None, fused: bool) -> tuple[Floats, Floats]:  # fmt: skip
     recipe = Recipe(attention=attention, channels_last=channels_last, cudnn_benchmark=cudnn_benchmark, settled=settled)
     streaming = device.bandwidth_bytes_per_second * coefficients.bandwidth_share
-    issuing = pointwise_rate(call, device, coefficients)
+    issuing = np.full(len(call), streaming) if fused else pointwise_rate(call, device, coefficients)
     memory = direct_bytes(call, scheme, fused) / np.where(_heavy(call), streaming, issuing)
     serial = score_bytes(call, device, recipe) / streaming
     if not fused:  # a compiler folds layout copies into its neighbours
@@ -120,18 +126,19 @@ def host_seconds(coefficients: Coefficients, recipe: Recipe, kernels: int, fused
 
 
 def reachable_peaks(device: Device, coefficients: Coefficients) -> dict[str, float]:
-    """Datasheet peaks, those of tensor cores no higher than the silicon feeds and the board's power sustains."""
+    """Datasheet peaks at the clock that the board's power sustains, those of tensor cores no higher than the silicon feeds."""
     peaks = dict(device.flops_per_second)
+    boost = max(peaks.get("fp16", 0.0), peaks.get("bf16", 0.0))
+    if coefficients.flops_per_joule is not None and device.power_watts is not None and boost:
+        held = min(1.0, coefficients.flops_per_joule * device.power_watts / boost)
+        peaks = {name: peak * held for name, peak in peaks.items()}
     if device.compute_capability is not None and device.compute_capability < TENSOR_CORES and "fp32" in peaks:
         peaks |= dict.fromkeys(("fp16", "bf16"), peaks["fp32"])  # torch accumulates 16-bit products in fp32
-    caps = []
     if coefficients.peak_over_fp32 is not None and "fp32" in peaks:
-        caps.append(coefficients.peak_over_fp32 * peaks["fp32"])
-    if coefficients.flops_per_joule is not None and device.power_watts is not None:
-        caps.append(coefficients.flops_per_joule * device.power_watts)
-    for name, share in (("fp16", 1.0), ("bf16", 1.0), ("tf32", 0.5)):  # TF32 goes at half the rate of 16 bit on all silicon
-        if name in peaks and caps:
-            peaks[name] = min(peaks[name], share * min(caps))
+        cap = coefficients.peak_over_fp32 * peaks["fp32"]
+        for name, share in (("fp16", 1.0), ("bf16", 1.0), ("tf32", 0.5)):  # TF32 goes at half the rate of 16 bit on all silicon
+            if name in peaks:
+                peaks[name] = min(peaks[name], share * cap)
     return peaks
 
 
@@ -147,6 +154,7 @@ def peak_flops(call: CallTrace, device: Device, coefficients: Coefficients, reci
         fp32 = call.dtype == DTYPES.index("fp32")
         products = (call.kind == Kind.MATMUL) | ((call.kind == Kind.ATTENTION) & (recipe.attention in SCORES))
         out = np.where(fp32 & ((call.kind == Kind.CONVOLUTION) | (recipe.tf32 & products)), peaks["tf32"], out)
+    out = np.where(split_attention(call, device, recipe), peaks.get("tf32", single) / SPLIT_PRODUCTS, out)
     doubled = product_peak(scheme, peaks)
     if doubled is not None:
         out = np.where((call.kind == Kind.MATMUL) & (call.param_bytes > 0), doubled, out)
@@ -168,12 +176,30 @@ def _compute_seconds(call: CallTrace, device: Device, coefficients: Coefficients
     share = np.where(kind == Kind.MATMUL, coefficients.matmul_share, share)
     share = np.where(kind == Kind.CONVOLUTION, coefficients.convolution_share, share)
     share = np.where(kind == Kind.ATTENTION, _attention_shares(call, device, coefficients, recipe), share)
-    rate, single = share * peaks, device.flops_per_second.get("fp32")
+    share = np.minimum(share * room(device, coefficients), np.maximum(share, MOST_SHARE))
+    rate, single = share * peaks, reachable_peaks(device, coefficients).get("fp32")
     if coefficients.vector_share is not None and single is not None:
-        rate = np.where(_heavy(call), np.maximum(rate, coefficients.vector_share * np.minimum(peaks, single)), rate)
+        vector = coefficients.vector_share * np.minimum(peaks, single)  # ordinary instructions also split the numbers of attention
+        either = np.where(split_attention(call, device, recipe), np.minimum(rate, vector), np.maximum(rate, vector))
+        rate = np.where(_heavy(call), either, rate)
     seconds = call.flops / (rate * fill(call, device.sm_count or ASSUMED_SM_COUNT) if device.kind == "cuda" else rate)
     slow = product_seconds(call, scheme, device, fused)
     return np.asarray(seconds if slow is None else np.maximum(seconds, slow), dtype=np.float64)
+
+
+def room(device: Device, coefficients: Coefficients) -> float:
+    """How much larger a share of its tensor peak a card reaches than those of the fit: what feeds the cores was not cut with them."""
+    half, single = device.flops_per_second.get("fp16"), device.flops_per_second.get("fp32")
+    if coefficients.tensor_over_fp32 is None or half is None or single is None:
+        return 1.0
+    return max(1.0, coefficients.tensor_over_fp32 * single / half)
+
+
+def split_attention(call: CallTrace, device: Device, recipe: Recipe) -> NDArray[np.bool_]:
+    """True where an attention in fp32 is fused, whose products tensor cores make in parts."""
+    if recipe.attention in SCORES or device.kind != "cuda" or (device.compute_capability or (0, 0)) < SPLIT_FROM:
+        return np.zeros(len(call), dtype=np.bool_)
+    return np.asarray((call.kind == Kind.ATTENTION) & (call.dtype == DTYPES.index("fp32")))
 
 
 @per_call
@@ -210,7 +236,9 @@ def _attention_shares(call: CallTrace, device: Device, coefficients: Coefficient
     place = np.minimum(np.searchsorted(_ATTENTION_WIDTHS, width), len(_ATTENTION_WIDTHS) - 1)
     padded = np.maximum(np.array(_ATTENTION_WIDTHS)[place], width)
     cudnn = coefficients.cudnn_attention_share or coefficients.attention_share
-    fused = np.where(kernels == "cudnn", cudnn, coefficients.attention_share) * width / padded * _softmax_share(padded)
+    fused = np.where(kernels == "cudnn", cudnn, coefficients.attention_share) * _softmax_share(padded)
+    # Beside products this slow the softmax hardly counts: they go as those of a matmul do.
+    fused = np.where(split_attention(call, device, recipe), coefficients.matmul_share, fused) * width / padded
     return np.where(np.isin(kernels, SCORES), coefficients.matmul_share * SCORE_PRODUCT_SHARE, fused)
 
 

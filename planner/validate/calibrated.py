@@ -18,7 +18,7 @@ from planner.recipe import Recipe
 from planner.types import Device
 from planner.validate.case import Case
 from planner.validate.express import express
-from planner.validate.predict import Predictor
+from planner.validate.predict import Predictor, then
 from planner.validate.report import Predict
 from planner.validate.rows import Row, Torch2Row
 
@@ -53,12 +53,13 @@ class Job:
 
     def seconds(self, coefficients: Coefficients) -> float | None:
         """The same number predicted; None when the pipeline has no steps."""
+        coefficients = then(self.case, self.device, coefficients)
         return predicted_seconds(self.model, self.recipe, coefficients, self.case.counter in ("step_seconds", "steps_per_second"))
 
 
 def predicted_seconds(model: CostModel, recipe: Recipe, coefficients: Coefficients, of_step: bool) -> float | None:
     """Time of a call or of one of its steps, memory left out, which makes it fast enough for a fit."""
-    if model.coefficients is not coefficients:
+    if model.coefficients is not coefficients and model.coefficients != coefficients:
         model.coefficients = coefficients
         model.forget()
     cost = _timed(model, recipe)

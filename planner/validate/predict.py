@@ -41,6 +41,9 @@ _SCHEMES = {
 OLD_CONTEXT_BYTES, OLD_CONTEXT_BYTES_PER_SM = 700 * MIB, 15 * MIB // 2
 """CUDA 11 with cuDNN 8, whose kernels are all loaded, and stacks per multiprocessor. Fitted on what NVML showed above torch's
 segments in the ONNX Runtime table at batch 1: 0.96 GiB on a T4 (40 SMs), 1.16 on an RTX 3060 (28), 1.5 on an A100 (108)."""
+OLD_NHWC_SHARE = 0.65
+"""What torch 2.0 reached of the rate of ``channels_last`` convolutions on an A100: in diffusers' torch 2.0 table the nightly build of
+that month was 1.13 to 1.22 times as fast from batch 4 on, on an A100 alone; in NCHW 2.0 was as fast (the page's older table)."""
 _SCHEMES_2024 = {"int8dq": "int8dq_2024", "int4wo": "int4wo_2024"}
 """Schemes whose kernels were others with torch 2.5 and older: torchao made int8 products of few rows on the host, and
 compilers left its int4 kernel alone."""
@@ -80,7 +83,7 @@ class Predictor:
 
     def _model(self, case: Case, device: Device) -> CostModel:
         traces = self._part(case)
-        coefficients = _then(case, device, self.fitted.get(device.name) or self._coefficients(device))
+        coefficients = then(case, device, self.fitted.get(device.name) or self._coefficients(device))
         seen = (id(traces.source), traces.absent, traces.alone, traces.change, traces.stored)
         key = (*seen, device.name, device.total_bytes, coefficients.context_bytes)
         if key not in self._models:
@@ -104,12 +107,16 @@ class Predictor:
         return calibration_for(device, mode=self.calibrate).coefficients
 
 
-def _then(case: Case, device: Device, coefficients: Coefficients) -> Coefficients:
+def then(case: Case, device: Device, coefficients: Coefficients) -> Coefficients:
     """The coefficients with what was otherwise when the row was measured."""
-    if not re.match(r"1\.|2\.0", case.torch_version or ""):
-        return coefficients
-    context = OLD_CONTEXT_BYTES + OLD_CONTEXT_BYTES_PER_SM * (device.sm_count or 0)
-    return coefficients.model_copy(update={"context_bytes": context})
+    version = case.torch_version or ""
+    changed: dict[str, float] = {}
+    if re.match(r"1\.|2\.0", version):
+        changed["context_bytes"] = OLD_CONTEXT_BYTES + OLD_CONTEXT_BYTES_PER_SM * (device.sm_count or 0)
+    nhwc = any(value is True for name, value in case.settings.items() if name.endswith("channels_last"))
+    if re.match(r"2\.0", version) and device.compute_capability == (8, 0) and nhwc:
+        changed["convolution_share"] = coefficients.convolution_share * OLD_NHWC_SHARE
+    return coefficients.model_copy(update=changed) if changed else coefficients
 
 
 # -- the card ---------------------------------------------------------------------------------------------------------
