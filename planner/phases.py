@@ -32,9 +32,9 @@ def nanoseconds(seconds: float) -> int:
     return round(seconds * 1e9)
 
 
-def _at_most(seconds: float) -> int:
-    """Nanoseconds that no rounding of an exact sum can fall below."""
-    return max(int(seconds * 1e9 * (1 - 1e-12)) - 1, 0)
+def _running(calls: int, compute_seconds: float, copied_seconds: float) -> int:
+    """Nanoseconds of a component's calls. Prices and floors add up alike, so that rounding keeps their order and ties are seen."""
+    return nanoseconds(calls * (compute_seconds + copied_seconds))
 
 
 @dataclass(slots=True)
@@ -115,9 +115,13 @@ class _Local:
 
 @dataclass(frozen=True, slots=True)
 class _Least:
-    """The local choices that are still open: the cheapest, the least that any of them needs per call, and calls per batch."""
+    """The local choices that are still open.
 
-    local: _Local
+    ``front``: those that no other beats both in running and in setting up. ``running_bytes``: the least that any needs, per call.
+    ``calls``: per batch.
+    """
+
+    front: tuple[_Local, ...]
     running_bytes: tuple[int, ...]
     calls: int
 
@@ -150,8 +154,9 @@ class Pricing:
         names = [part.name for part in self.model.traces.facts.components]
         around = self._ordered({*self._trace_axes, *self._placement_axes, *self.recipes.changing(frozenset({"steps_factor"}))})
         placing = self._ordered({*self._trace_axes, *self._placement_axes})
-        return (*(self._component_phase(name) for name in names), Phase("pipeline", around, self._around(around)),
-                Phase("setting up", placing, self._placing(placing), None, False))  # fmt: skip
+        own_code, putting = self._around(around), self._placing(placing)
+        return (*(self._component_phase(name) for name in names), Phase("pipeline", around, own_code, _once_decided(around, own_code)),
+                Phase("setting up", placing, putting, _once_decided(placing, putting), False))  # fmt: skip
 
     def stock(self) -> Stock:
         """Host memory for weights that wait there."""
@@ -222,8 +227,8 @@ class Pricing:
             blas = model.coefficients.blas_workspace_bytes if model.device.kind == "cuda" else 0
             setup = sum(model.compile_seconds(trace, cost.call, cost.cost.time, recipe) for cost in costs)
             kept = max((max(cost.cost.activations_bytes + cost.cost.workspace_bytes, 1) for cost in costs if cost.in_graph), default=0)
-            seconds = recipe.calls * sum(cost.seconds for cost in costs)
-            return Demand(max(cost.peak_bytes for cost in costs) + blas, nanoseconds(seconds), nanoseconds(setup), kept)
+            running = _running(recipe.calls, sum(cost.compute_seconds for cost in costs), sum(cost.transfer_seconds for cost in costs))
+            return Demand(max(cost.peak_bytes for cost in costs) + blas, running, nanoseconds(setup), kept)
 
         return price
 
@@ -241,6 +246,7 @@ class Pricing:
         placing = self._ordered({*self._trace_axes, *self._placement_axes})
         vae_axes = tuple(axis for axis in self.recipes.changing(VAE) if axis in axes)
         needed = (*self._trace_axes, *weights)
+        blas = self.model.coefficients.blas_workspace_bytes if self.model.device.kind == "cuda" else 0
         bests: dict[object, _Least | None] = {}
         places: dict[object, tuple[list[int], list[int], float]] = {}
 
@@ -261,7 +267,8 @@ class Pricing:
                     places[where] = self._placed_floor(name, (*placing, *vae_axes), partial)
                 bases, moving, copied = places[where]
                 peak = max(map(sum, zip(bases, map(max, moving, least.running_bytes), strict=True)))
-            return Demand(peak, _at_most(least.calls * (least.local.compute_seconds + copied)), _at_most(least.local.setup_seconds))
+            costs = [(_running(least.calls, each.compute_seconds, copied), nanoseconds(each.setup_seconds)) for each in least.front]
+            return Demand(peak + blas, *min(costs, key=self._weigh))
 
         return floor
 
@@ -276,7 +283,7 @@ class Pricing:
             variants = (model.variant(trace, index, recipe),) if settled else _variants(trace, index)
             bases.append(placed.resident_bytes[index] + helds[index])
             moving.append(min(model.least_running_bytes(call, placed.window[index]) for call in variants))
-            copied += transfer_seconds(placed, index, counts[index], NEVER, model.device, model.coefficients, recipe)
+            copied += transfer_seconds(placed, index, counts[index], NEVER, model.device, model.coefficients, recipe, name)
         return bases, moving, copied
 
     def _least(self, name: str, own: tuple[str, ...], deciding: tuple[str, ...], partial: Assignment) -> _Least | None:
@@ -293,7 +300,7 @@ class Pricing:
         rules = [rule for rule in self._rules_of(own) if set(rule.axes).issubset({*own, *here}) and not set(own).issuperset(rule.axes)]
         found = _allowed(open_, own, rules, partial)
         running = tuple(map(min, zip(*(each.running_bytes for each in found), strict=True)))
-        return _Least(min(found, key=lambda each: self._weigh(each, recipe.calls)), running, recipe.calls)
+        return _Least(_front(found), running, recipe.calls)
 
     def _rules_of(self, own: tuple[str, ...]) -> tuple[Rule, ...]:
         """Rules that forbid choices of these axes, alone or together with others."""
@@ -301,9 +308,9 @@ class Pricing:
             self._ruled[own] = tuple(rule for rule in self.rules if set(rule.axes) & set(own))
         return self._ruled[own]
 
-    def _weigh(self, local: _Local, calls: int) -> float:
-        seconds = calls * local.compute_seconds
-        return seconds if self.calls is None else seconds * self.calls + local.setup_seconds
+    def _weigh(self, cost: tuple[int, int]) -> int:
+        """What the search minimises, of nanoseconds to run and to set up."""
+        return cost[0] if self.calls is None else cost[0] * self.calls + cost[1]
 
     def _all_locals(self, name: str, own: tuple[str, ...], recipe: Recipe, trace: PipelineTrace, indices: tuple[int, ...],
                     partial: Assignment) -> list[_Local]:  # fmt: skip
@@ -335,6 +342,20 @@ class Pricing:
             setup += self.model.compile_seconds(trace, index, time, recipe)
         running = tuple(self.model.running_bytes(trace, index, recipe) for index in indices)
         return _Local(values, compute, setup, running)
+
+
+def _once_decided(axes: tuple[str, ...], price: Callable[[Assignment], Demand]) -> Callable[[Assignment], Demand]:
+    """A floor that is exact as soon as everything is known, and says nothing before."""
+    return lambda partial: price(partial) if all(axis in partial for axis in axes) else NOTHING
+
+
+def _front(found: list[_Local]) -> tuple[_Local, ...]:
+    """Those that no other beats both in running and in setting up."""
+    front: list[_Local] = []
+    for each in sorted(found, key=lambda local: (local.compute_seconds, local.setup_seconds)):
+        if not front or each.setup_seconds < front[-1].setup_seconds:
+            front.append(each)
+    return tuple(front)
 
 
 def _allowed(found: list[_Local], own: tuple[str, ...], rules: list[Rule], beside: Assignment) -> list[_Local]:

@@ -3,9 +3,9 @@
 A problem is a list of axes (ordered values, the first leaves things as they are), phases and rules. A phase answers, for
 values of its own axes, how many bytes it needs and how long it takes; bytes of a candidate are the *maximum* over phases,
 time is the *sum*. So once the axes that several phases share are decided, the private axes of each phase are decided
-independently of each other. Shared axes are walked depth first, children in order of a lower bound, and a branch is left
-when its bound exceeds the best candidate found or a limit. The result is the true optimum; ties go to fewer departures
-from the defaults, then to earlier values of earlier axes.
+independently of each other. Shared axes are walked depth first, group by group, the children of a group in order of a
+lower bound, and a branch is left when its bound exceeds the best candidate found or a limit. The result is the true
+optimum; ties go to fewer departures from the defaults, then to earlier values of earlier axes.
 
 Times are whole nanoseconds: sums of integers do not depend on their order, so equal candidates are equal.
 """
@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass, field
-from itertools import product
+from itertools import accumulate, pairwise, product
 from math import prod
 from typing import Literal
 
@@ -98,8 +98,9 @@ NO_LIMITS = Limits()
 class Problem:
     """``calls``: how often the result will be used; setting up is weighed against it. None: setting up costs nothing.
 
-    ``first``: shared axes in the order in which they are best decided; the rest follow in axis order. ``weightless``: axes
-    that change no bytes anywhere.
+    ``first``: groups of shared axes in the order in which they are best decided; the rest follow one by one in axis order.
+    A group is for axes of which bounds say little before all of them are decided. ``weightless``: axes that change no bytes
+    anywhere.
     """
 
     axes: tuple[Axis, ...]
@@ -107,7 +108,7 @@ class Problem:
     rules: tuple[Rule, ...] = ()
     stock: Stock | None = None
     calls: int | None = None
-    first: tuple[str, ...] = ()
+    first: tuple[tuple[str, ...], ...] = ()
     weightless: frozenset[str] = frozenset()
 
     def cost(self, demand: Demand) -> int:
@@ -206,7 +207,10 @@ class Solver:
     _phases: tuple[Phase, ...] = field(init=False)
     _private_rules: tuple[tuple[Rule, ...], ...] = field(init=False)
     _seen_by: tuple[tuple[str, ...], ...] = field(init=False)
-    _touched: tuple[tuple[int, ...], ...] = field(init=False)
+    _touched: dict[int, tuple[int, ...]] = field(init=False)
+    """By depth at which a group begins, the phases whose floors it changes."""
+    _ends: dict[int, int] = field(init=False)
+    """By depth at which a group begins, the depth at which it ends."""
     _stock_depth: int = field(init=False)
     _index: dict[str, dict[Value, int]] = field(init=False)
     _place: dict[str, int] = field(init=False)
@@ -227,8 +231,11 @@ class Solver:
         idle = tuple(Phase(axis.name, (axis.name,), _free, None, False) for axis in problem.axes if axis.name not in used)
         self._phases = problem.phases + idle
         shared = _shared_axes(problem, self._phases)
-        ahead = [name for name in problem.first if name in shared]
-        self.shared = tuple(ahead + [axis.name for axis in problem.axes if axis.name in shared and axis.name not in ahead])
+        groups = [group for names in problem.first if (group := [name for name in names if name in shared])]
+        groups += [[axis.name] for axis in problem.axes if axis.name in shared and all(axis.name not in group for group in groups)]
+        self.shared = tuple(name for group in groups for name in group)
+        starts = [0, *accumulate(map(len, groups))]
+        self._ends = dict(pairwise(starts))
         own = [axis.name for axis in problem.axes if axis.name not in shared]
         self._private = tuple(tuple(name for name in own if name in phase.axes) for phase in self._phases)
         depth = {name: place for place, name in enumerate(self.shared)}
@@ -238,7 +245,8 @@ class Solver:
             for phase, rules in zip(self._phases, self._private_rules, strict=True)
         )
         bounded = [(place, phase) for place, phase in enumerate(self._phases) if phase.floor is not None]
-        self._touched = tuple(tuple(place for place, phase in bounded if name in phase.axes) for name in self.shared)
+        self._touched = {start: tuple(place for place, phase in bounded if not set(self.shared[start:end]).isdisjoint(phase.axes))
+                         for start, end in self._ends.items()}  # fmt: skip
         self._stock_depth = max((depth[name] for name in problem.stock.axes), default=-1) if problem.stock else -1
 
     def best(self, limits: Limits = NO_LIMITS, fixed: Assignment | None = None) -> Candidate | None:
@@ -320,25 +328,35 @@ class Solver:
             self.visited += 1
             self._leaf(chosen, run)
             return
-        name = self.shared[depth]
         children = []
-        for index, value in run.domains[name]:
-            chosen[name] = value
-            if self._hopeless(bound, departures + (index > 0), run) or self._forbidden(depth, chosen, run):
-                continue
+        for left, values in self._choices(depth, self._ends[depth], chosen, bound, departures, run):
             renewed = list(floors)
             for place in self._touched[depth]:
                 renewed[place] = self._floor(place, chosen)
             least = self._bound(renewed, run)
-            if least is not None:
-                children.append((least, departures + (index > 0), index, value, tuple(renewed)))
-        for least, left, _, value, renewed_floors in sorted(children, key=lambda child: child[:3]):
+            if least is not None and not self._hopeless(least, left, run):
+                children.append((least, left, [index for index, _ in values], values, tuple(renewed)))
+        names = self.shared[depth : self._ends[depth]]
+        for least, left, _, values, renewed_floors in sorted(children, key=lambda child: child[:3]):
             if self._hopeless(least, left, run):
                 break
-            chosen[name] = value
-            self._walk(depth + 1, chosen, renewed_floors, least, left, run)
-        if name not in run.fixed:
-            chosen.pop(name, None)
+            chosen.update(zip(names, (value for _, value in values), strict=True))
+            self._walk(self._ends[depth], chosen, renewed_floors, least, left, run)
+        for name in names:
+            if name not in run.fixed:
+                chosen.pop(name, None)
+
+    def _choices(self, depth: int, end: int, chosen: dict[str, Value], bound: int, departures: int,
+                 run: _Run) -> Iterator[tuple[int, tuple[tuple[int, Value], ...]]]:  # fmt: skip
+        """What the axes up to ``end`` can be, with the departures so far; each is in ``chosen`` while it is looked at."""
+        if depth == end:
+            yield departures, ()
+            return
+        for index, value in run.domains[self.shared[depth]]:
+            chosen[self.shared[depth]] = value
+            if not self._hopeless(bound, departures + (index > 0), run) and not self._forbidden(depth, chosen, run):
+                for left, rest in self._choices(depth + 1, end, chosen, bound, departures + (index > 0), run):
+                    yield left, ((index, value), *rest)
 
     def _forbidden(self, depth: int, chosen: dict[str, Value], run: _Run) -> bool:
         for rule in run.rules_at[depth]:

@@ -20,9 +20,9 @@ from planner.search import Assignment, Axis, Candidate, Limits, Problem, Rule, S
 from planner.types import KnobValue, Settings
 
 _Table = tuple[tuple[str, ...], dict[tuple[Value, ...], object]]
-DECIDED_FIRST = ("batch_split", "dtype", "quantization", "steps", "offload", "offload_stream", "offload_keep",
-                 "offload_blocks", "offload_disk")  # fmt: skip
-"""Shared axes in the order of how much they say about memory and time: bounds get sharp early."""
+DECIDED_FIRST = (("batch_split",), ("dtype",), ("quantization",), ("steps",),
+                 ("offload", "offload_stream", "offload_keep", "offload_blocks", "offload_disk"))  # fmt: skip
+"""Shared axes in the order of how much they say about memory and time: bounds get sharp early. Where weights are, only all say."""
 
 
 class _Reads(dict[str, KnobValue]):

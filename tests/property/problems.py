@@ -66,8 +66,9 @@ def problems(draw: st.DrawFn) -> Problem:
         amounts = {key: draw(SMALL) for key in product(*(values[name] for name in axes))}
         amounts = {key: amounts[_plain(key, axes, light)] for key in amounts}
         stock = Stock(axes, lambda chosen: amounts[tuple(chosen[name] for name in axes)])
-    first = draw(st.permutations(names))
-    return Problem(tuple(Axis(name, values[name]) for name in names), tuple(phases), tuple(rules), stock, calls, tuple(first), light)
+    order, size = tuple(draw(st.permutations(names))), draw(st.integers(1, 3))
+    first = tuple(order[start : start + size] for start in range(0, len(order), size))
+    return Problem(tuple(Axis(name, values[name]) for name in names), tuple(phases), tuple(rules), stock, calls, first, light)
 
 
 limits = st.builds(Limits, st.one_of(st.none(), st.integers(0, 8)), st.one_of(st.none(), SMALL))
