@@ -32,10 +32,8 @@ def reversible(site: Site, change: Callable[[], None], official: Callable[[], No
     def undo() -> None:
         if not pending:
             return
-        try:
-            official()
-        finally:  # a library's way back may stumble over its own half-made hooks
-            snapshot.restore(site.pipe)
+        official()  # where it fails, its next try finds its hooks still there
+        snapshot.restore(site.pipe)
         pending.clear()
 
     site.started.append(undo)

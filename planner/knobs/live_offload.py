@@ -118,7 +118,7 @@ def _disable_groups(site: Site) -> None:
         if registry is not None:
             for name in names:
                 # Interrupted while registering: the hook is listed but not in the registry's order yet.
-                with contextlib.suppress(ValueError):
+                with contextlib.suppress(ValueError, IndexError):
                     registry.remove_hook(name, recurse=False)
 
 

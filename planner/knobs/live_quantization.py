@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 import torch
@@ -30,11 +31,11 @@ def quantize(site: Site, schemes: dict[str, str]) -> Undo:
                 _quantize_linears(modules[name], scheme)
 
     def official() -> None:
+        for tensor, original, device in reversed(kept):
+            tensor.data = original.to(device)
         for name, scheme in schemes.items():
             if scheme == "fp8_layerwise":
                 _remove_layerwise(modules[name])
-        for tensor, original, device in reversed(kept):
-            tensor.data = original.to(device)
         kept.clear()
 
     return reversible(site, change, official)
@@ -77,4 +78,6 @@ def _remove_layerwise(module: nn.Module) -> None:
         hook = None if registry is None else registry.get_hook(LAYERWISE)
         if registry is not None and hook is not None:
             hook.deinitalize_hook = lambda unchanged: unchanged
-            registry.remove_hook(LAYERWISE, recurse=False)
+            # Interrupted while registering: the hook is listed but not in the registry's order yet.
+            with contextlib.suppress(ValueError, IndexError):
+                registry.remove_hook(LAYERWISE, recurse=False)
