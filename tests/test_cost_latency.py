@@ -131,8 +131,10 @@ def test_pointwise_kernels_are_limited_by_memory_or_by_instructions() -> None:
     assert memory == pytest.approx([4e9 / 0.8e12, 8e9 / 0.8e12])
     issued, _ = moving_seconds(call, gpu(), shares(pointwise_per_flop=0.01), PLAIN)  # 2e11 elements per second
     assert issued == pytest.approx([4e9 / (2e11 * 2), 8e9 / 0.8e12])
-    compiled, _ = moving_seconds(call, gpu(), shares(pointwise_per_flop=0.01), PLAIN, fused=True)
-    assert compiled == pytest.approx(moving_seconds(call, gpu(), shares(), PLAIN, fused=True)[0])
+    bare = call_of([pointwise("fp16", 10**9, True)])
+    eager, compiled = (moving_seconds(bare, gpu(), shares(pointwise_per_flop=0.005), PLAIN, fused=fused)[0] for fused in (False, True))
+    assert (4e9 / eager[0], bare.fused_read_bytes[0]) == pytest.approx((2e11, bare.read_bytes[0]))
+    assert compiled == pytest.approx(eager / 2)  # several operations to what is read once
 
 
 def test_layer_norms_are_not_group_norms() -> None:

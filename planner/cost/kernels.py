@@ -31,6 +31,9 @@ SCORE_KERNELS = 5
 """Two products, a softmax, and copies of heads into the batch and back (diffusers ``Attention.get_attention_scores``)."""
 SCORE_PRODUCT_SHARE = 0.6
 """Assumed: rate of those products over that of a large matmul; their inner dimension is one head."""
+FUSED_ISSUE = 2.0
+"""Elements that a compiled pointwise kernel passes per second over those of eager ones: it does several operations to what it reads
+once, which saves loads and stores but no arithmetic. Between 1 and no limit, which fit worse, one way and the other."""
 SPLIT_PRODUCTS = 3
 """TF32 products that fused attention makes for one in fp32 from compute capability 8.0 (``OpMultiplyAddFastF32``: 3xTF32; torch
 aten/src/ATen/native/transformers/cuda/mem_eff_attention/gemm_kernel_utils.h, xformers likewise). Below, it runs without tensor cores."""
@@ -94,7 +97,7 @@ def _moving_seconds(call: CallTrace, device: Device, coefficients: Coefficients,
                     cudnn_benchmark: bool, settled: bool, scheme: str | None, fused: bool) -> tuple[Floats, Floats]:  # fmt: skip
     recipe = Recipe(attention=attention, channels_last=channels_last, cudnn_benchmark=cudnn_benchmark, settled=settled)
     streaming = device.bandwidth_bytes_per_second * coefficients.bandwidth_share
-    issuing = np.full(len(call), streaming) if fused else pointwise_rate(call, device, coefficients)
+    issuing = np.minimum(pointwise_rate(call, device, coefficients) * (FUSED_ISSUE if fused else 1.0), streaming)
     memory = direct_bytes(call, scheme, fused) / np.where(_heavy(call), streaming, issuing)
     serial = score_bytes(call, device, recipe) / streaming
     if not fused:  # a compiler folds layout copies into its neighbours
