@@ -20,14 +20,14 @@ TABLES = (ROOT / "calibration/published/published.csv", ROOT / "calibration/publ
 Numbers = dict[str, list[str]]
 UNSEEN: dict[str, tuple[str, Numbers]] = {
     # Table to what it is, and what was predicted of it before anything was changed because of it (commits 111365c and d172c8d).
-    "unseen.csv": ("from 18 further sources; only the shares of compute capability 6 and 7.0 are fitted on its rows, on eight and ten of them", {
+    "unseen.csv": ("from 18 further sources; the shares of compute capability 6 and 7.0 are fitted on 8 and 10 of its rows", {
         "it_per_s": ["33", "19.9", "75.7", "30.4", "4.5", "61"],
         "latency_s": ["210", "12.1", "44.5", "18.5", "-4.6", "74"],
         "peak_allocated_gb": ["77", "5.3", "15.1", "8.7", "-3.1", "55"],
         "peak_reserved_gb": ["90", "14.6", "58.9", "22.8", "14.0", "26"],
         "peak_unknown_gb": ["15", "2.9", "14.2", "5.1", "-0.6", "87"],
     }),
-    "unseen2.csv": ("from 8 sources of a second round; fitted on its rows are the shares of compute capability 7.0 (46) and the products per joule of Ada", {
+    "unseen2.csv": ("from 8 sources of a second round; the shares of compute capability 7.0 and Ada's power are fitted on 46 and 2 of its rows", {
         "it_per_s": ["47", "5.3", "22.7", "9.2", "5.3", "100"],
         "latency_s": ["169", "8.5", "35.8", "16.1", "-1.7", "80"],
         "peak_allocated_gb": ["51", "1.8", "13.5", "4.4", "0.1", "75"],
