@@ -27,7 +27,7 @@ UNSEEN: dict[str, tuple[str, Numbers]] = {
         "peak_reserved_gb": ["90", "14.6", "58.9", "22.8", "14.0", "26"],
         "peak_unknown_gb": ["15", "2.9", "14.2", "5.1", "-0.6", "87"],
     }),
-    "unseen2.csv": ("from 8 sources of a second round; the shares of compute capability 7.0 and Ada's power are fitted on 46 and 2 of its rows", {
+    "unseen2.csv": ("from 8 sources of round two; the shares of compute capability 7.0 and Ada's power are fitted on 46 and 2 of them", {
         "it_per_s": ["47", "5.3", "22.7", "9.2", "5.3", "100"],
         "latency_s": ["169", "8.5", "35.8", "16.1", "-1.7", "80"],
         "peak_allocated_gb": ["51", "1.8", "13.5", "4.4", "0.1", "75"],
