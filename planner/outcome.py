@@ -225,16 +225,12 @@ def _lost(space: Space, name: str, value: Value, count: int, best: Candidate | N
     times = best.cost / chosen.cost if chosen.cost else 1.0
     if best.cost == chosen.cost:
         return Rejection(settings=setting, kind="dominated", reason="no faster, and one change more", count=count)
-    seconds, setup = format_seconds(best.nanoseconds / 1e9), format_seconds(best.setup_nanoseconds / 1e9)
-    if times < ALIKE:
-        reason = f"no faster ({seconds})"
-    elif best.nanoseconds < ALIKE * chosen.nanoseconds:
-        reason = f"no faster ({seconds}), and {setup} to set up"
-    else:
-        reason = f"{times:.2f} times as slow ({seconds})"
-    if best.needed_bytes >= chosen.needed_bytes:
-        return Rejection(settings=setting, kind="dominated", reason=f"{reason}, and it needs no less memory", count=count)
-    return Rejection(settings=setting, kind="time", reason=reason, count=count)
+    seconds, lean = format_seconds(best.nanoseconds / 1e9), best.needed_bytes < chosen.needed_bytes
+    only_setup = times >= ALIKE and best.nanoseconds < ALIKE * chosen.nanoseconds
+    parts = [f"no faster ({seconds})" if times < ALIKE or only_setup else f"{times:.2f} times as slow ({seconds})"]
+    parts += [] if lean else ["no less memory"]
+    parts += [f"{format_seconds(best.setup_nanoseconds / 1e9)} to set up"] if only_setup else []
+    return Rejection(settings=setting, kind="time" if lean else "dominated", reason=", ".join(parts), count=count)
 
 
 def _unfit(space: Space, setting: dict[str, KnobValue], count: int) -> Rejection:

@@ -81,7 +81,7 @@ def test_alternatives_alike_are_one_line_and_gains_not_taken_are_explained() -> 
     ("kind", "reason", "label"),
     [
         ("time", "1.16 times as slow (3.00 s)", "slower"),
-        ("dominated", "1.16 times as slow (3.00 s), and it needs no less memory", "slower"),
+        ("dominated", "1.16 times as slow (3.00 s), no less memory", "slower"),
         ("time", "its gain is within the model's uncertainty", "no gain"),
         ("dominated", "no faster, and one change more", "no gain"),
         ("rule", "not installed", "ruled out"),

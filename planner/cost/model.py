@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any, Literal, Protocol
 
 import numpy as np
 
 from planner.cost.coefficients import Coefficients
-from planner.cost.condense import condensed
+from planner.cost.condense import condensed, per_call
 from planner.cost.kernels import CallTime, call_time
 from planner.cost.quantized import LOADED_ON_DEVICE
 from planner.cost.residency import Known, Residency, component_bytes, residency, vae_mode, variant_of
@@ -144,15 +145,24 @@ class Local:
                       autotuned=self.autotuned, tf32=self.tf32, fused_qkv=self.fused_qkv, cudnn_benchmark=self.cudnn_benchmark,
                       settled=self.settled, chunked_forward=self.chunked_forward)  # fmt: skip
 
-    def for_memory(self) -> Local:
-        """What of it changes memory: of compiling, that it fuses; then weights are not rebuilt for each operation."""
-        return replace(self, fusion="whole" if self.fused else "none", cuda_graphs=False, autotuned=False, tf32=False,
-                       scheme=None if self.fused else self.scheme)  # fmt: skip
 
-    def for_time(self, single: bool) -> Local:
-        """What of it changes time: how a graph was compiled does not, nor TF32 without ``single``-precision operations."""
-        timeless: dict[str, Any] = dict.fromkeys(TIMELESS, False)
-        return replace(self, fusion="whole" if self.fused else "none", autotuned=False, tf32=self.tf32 and single, **timeless)
+@lru_cache(maxsize=4096)
+def _for_memory(local: Local) -> Local:
+    """What changes memory: of compiling, that it fuses; then weights are not rebuilt for each operation."""
+    return replace(local, fusion="whole" if local.fused else "none", cuda_graphs=False, autotuned=False, tf32=False,
+                   scheme=None if local.fused else local.scheme)  # fmt: skip
+
+
+@lru_cache(maxsize=4096)
+def _for_time(local: Local, single: bool) -> Local:
+    """What changes time: how a graph was compiled does not, nor TF32 without ``single``-precision operations."""
+    timeless: dict[str, Any] = dict.fromkeys(TIMELESS, False)
+    return replace(local, fusion="whole" if local.fused else "none", autotuned=False, tf32=local.tf32 and single, **timeless)
+
+
+@per_call
+def _has_single(call: CallTrace) -> bool:
+    return bool((call.dtype == DTYPE_CODES["fp32"]).any())
 
 
 def probes_for(probes: Mapping[str, float] | None, call: CallTrace, local: Local) -> Mapping[str, float] | None:
@@ -315,7 +325,7 @@ class CostModel:
     def running_bytes(self, trace: PipelineTrace, index: int, recipe: Recipe) -> int:
         """At most what :meth:`call_cost` says of a call's peak, wherever weights are: activations and workspace alone."""
         call = self.variant(trace, index, recipe)
-        local = self._local(trace, index, recipe).for_memory()
+        local = _for_memory(self._local(trace, index, recipe))
         key = (self.key(call), local, self.memory_scale)
         if key not in self._running:
             slim, live = self._condensed(call)[0], self._most_live(call, local.fused)
@@ -343,7 +353,7 @@ class CostModel:
     def _time(self, call: CallTrace, local: Local, recipe: Recipe, scheme: str | None) -> CallTime:
         """Time depends on fewer knobs than memory does, and CUDA graphs change its launch part only."""
         slim = self._condensed(call)[0]
-        key = (self.key(call), local.for_time(bool((slim.dtype == DTYPE_CODES["fp32"]).any())))
+        key = (self.key(call), _for_time(local, _has_single(slim)))
         known = self._times.get(key)
         if known is None:
             probes = probes_for(self.probes, slim, local)

@@ -8,7 +8,9 @@ from __future__ import annotations
 from functools import lru_cache
 
 import numpy as np
+from numpy.typing import NDArray
 
+from planner.cost.condense import per_call
 from planner.dryrun.trace import DTYPE_CODES, CallTrace, Floats, Ints, Kind
 from planner.recipe import Attention, Recipe
 from planner.types import Device
@@ -24,6 +26,7 @@ CHANNEL_BLOCK = 16
 """Channels that oneDNN's blocked layouts keep together on AVX-512 (``nChw16c``)."""
 
 
+@per_call
 def dtype_bytes(call: CallTrace) -> Ints:
     """Bytes per element of each operation's compute dtype."""
     sizes = np.full(16, 4, dtype=np.int64)
@@ -32,11 +35,17 @@ def dtype_bytes(call: CallTrace) -> Ints:
     return sizes[call.dtype]
 
 
+@per_call
+def sixteen_bit(call: CallTrace) -> NDArray[np.bool_]:
+    """True where an operation computes in fp16 or bf16."""
+    return np.asarray((call.dtype == _SIXTEEN_BIT[0]) | (call.dtype == _SIXTEEN_BIT[1]))
+
+
 def uses_channels_last_kernels(device: Device, call: CallTrace) -> Ints:
     """1 where cuDNN's tensor-core convolution wants NHWC data: 16-bit from compute capability 7.0, fp32 (TF32) from 8.0."""
     if device.kind != "cuda" or device.compute_capability is None:
         return np.zeros(len(call), dtype=np.int64)
-    half = np.isin(call.dtype, _SIXTEEN_BIT) & (device.compute_capability >= (7, 0))
+    half = sixteen_bit(call) & (device.compute_capability >= (7, 0))
     single = (call.dtype == DTYPE_CODES["fp32"]) & (device.compute_capability >= (8, 0))
     return ((call.kind == Kind.CONVOLUTION) & (half | single)).astype(np.int64)
 
@@ -65,8 +74,13 @@ def convolution_bytes(call: CallTrace, device: Device, recipe: Recipe, *, most: 
     Beside the tensors lies the weight in the kernel's own order, which is how these kernels' names begin (``nhwckrsc``).
     ``most``: every output is copied, which kernels of some cards and releases do where those above do not.
     """
+    return _convolution_bytes(call, device, recipe.channels_last, recipe.cudnn_benchmark and recipe.settled, most)
+
+
+@per_call
+def _convolution_bytes(call: CallTrace, device: Device, channels_last: bool, searched: bool, most: bool) -> Ints:
     if device.kind == "cpu":
-        return _onednn_bytes(call, recipe)
+        return _onednn_bytes(call, channels_last)
     if device.compute_capability is not None and device.compute_capability < (7, 0):
         return _winograd_bytes(call)
     nhwc = uses_channels_last_kernels(device, call)
@@ -75,12 +89,11 @@ def convolution_bytes(call: CallTrace, device: Device, recipe: Recipe, *, most: 
     dims = call.dims
     input_bytes = np.maximum(call.read_bytes - call.param_bytes, 0)
     out_elements = dims[:, 0] * dims[:, 2] * dims[:, 3]
-    searched = recipe.cudnn_benchmark and recipe.settled
-    limit = np.where(np.isin(call.dtype, _SIXTEEN_BIT), DIRECT_OUTPUT_LIMIT, DIRECT_TF32_LIMIT)
+    limit = np.where(sixteen_bit(call), DIRECT_OUTPUT_LIMIT, DIRECT_TF32_LIMIT)
     copies_output = out_elements * dims[:, 3] < limit
     copies_output &= not searched and (device.compute_capability or COPIES_OUTPUT_FROM) >= COPIES_OUTPUT_FROM
-    copies_output = (copies_output | most | (dims[:, 7] == 3)) & (not recipe.channels_last)
-    weight_bytes = 0 if recipe.channels_last else call.param_bytes
+    copies_output = (copies_output | most | (dims[:, 7] == 3)) & (not channels_last)
+    weight_bytes = 0 if channels_last else call.param_bytes
     return nhwc * (input_bytes + copies_output * out_elements * dtype_bytes(call) + weight_bytes)
 
 
@@ -96,13 +109,13 @@ def _winograd_bytes(call: CallTrace) -> Ints:
     none of it.
     """
     dims = call.dims
-    plain = (call.kind == Kind.CONVOLUTION) & np.isin(call.dtype, _SIXTEEN_BIT) & (dims[:, 4] == 9) & (dims[:, 6] == 1)
+    plain = (call.kind == Kind.CONVOLUTION) & sixteen_bit(call) & (dims[:, 4] == 9) & (dims[:, 6] == 1)
     plain &= (dims[:, 7] == 2) & (dims[:, 5] == 1)
     pixels = dims[:, 0] * dims[:, 2] * (dims[:, 1] + dims[:, 3])
     return np.where(plain, 4 * (pixels + WINOGRAD_POINTS * dims[:, 1] * dims[:, 3]), 0)
 
 
-def _onednn_bytes(call: CallTrace, recipe: Recipe) -> Ints:
+def _onednn_bytes(call: CallTrace, channels_last: bool) -> Ints:
     """What oneDNN convolutions take on a CPU: plain NCHW data is reordered to blocks of 16 channels, and the result back.
 
     First the input's copy, the reordered weight and the blocked result; the input's copy is freed before the plain result is
@@ -113,7 +126,7 @@ def _onednn_bytes(call: CallTrace, recipe: Recipe) -> Ints:
     convolution = call.kind == Kind.CONVOLUTION
     out_bytes = dims[:, 0] * dims[:, 2] * dims[:, 3] * size
     columns = dims[:, 0] * dims[:, 1] * dims[:, 4] * dims[:, 2] * size
-    if recipe.channels_last:
+    if channels_last:
         flat = call.param_bytes
     else:
         blocked = dims[:, 0] * dims[:, 2] * -(-dims[:, 3] // CHANNEL_BLOCK) * CHANNEL_BLOCK * size
@@ -124,7 +137,11 @@ def _onednn_bytes(call: CallTrace, recipe: Recipe) -> Ints:
 
 def attention_kernel(call: CallTrace, device: Device, recipe: Recipe) -> list[Attention]:
     """Which kernel each operation would use; ``default`` entries of the recipe are resolved as torch's SDPA does."""
-    chosen = recipe.attention
+    return _attention_kernel(call, device, recipe.attention)
+
+
+@per_call
+def _attention_kernel(call: CallTrace, device: Device, chosen: Attention) -> list[Attention]:
     dims = call.dims
     kernels: list[Attention] = ["default"] * len(call)
     for index in np.flatnonzero(call.kind == int(Kind.ATTENTION)).tolist():
@@ -150,10 +167,15 @@ def attention_bytes(call: CallTrace, device: Device, recipe: Recipe, slices: int
     ``vanilla`` and ``math`` hold the whole score matrix twice (before and after softmax, diffusers
     ``Attention.get_attention_scores``); ``sliced`` one slice of it; flash one fp32 row per query.
     """
+    return _attention_bytes(call, device, recipe.attention, slices)
+
+
+@per_call
+def _attention_bytes(call: CallTrace, device: Device, attention: Attention, slices: int) -> Ints:
     out = np.zeros(len(call), dtype=np.int64)
     if not (call.kind == Kind.ATTENTION).any():
         return out
-    kernels = attention_kernel(call, device, recipe)
+    kernels = _attention_kernel(call, device, attention)
     sizes, dims = dtype_bytes(call), call.dims
     for index in np.flatnonzero(call.kind == Kind.ATTENTION):
         batch, heads, queries, keys, width, value_width = (int(value) for value in dims[index, :6])
@@ -181,6 +203,7 @@ def normalization_bytes(call: CallTrace, device: Device, recipe: Recipe) -> Ints
     return group_norms(call) * np.maximum(call.read_bytes - call.param_bytes, 0)
 
 
+@per_call
 def group_norms(call: CallTrace) -> Ints:
     """1 where an operation is a group norm; layer norms keep whatever layout they are given."""
     named = _named_group_norm(call.shapes)
@@ -215,12 +238,18 @@ def operator_pieces(call: CallTrace, device: Device, recipe: Recipe, scheme: str
 
 def score_matrix_bytes(call: CallTrace, device: Device, recipe: Recipe) -> Ints:
     """One of the two score matrices that :func:`attention_bytes` counts; 0 for kernels that keep none."""
-    if recipe.attention not in ("vanilla", "math", "default"):
+    return _score_matrix_bytes(call, device, recipe.attention)
+
+
+@per_call
+def _score_matrix_bytes(call: CallTrace, device: Device, attention: Attention) -> Ints:
+    if attention not in ("vanilla", "math", "default"):
         return np.zeros(len(call), dtype=np.int64)
     dims = call.dims
-    kept = np.isin(attention_kernel(call, device, recipe), ("vanilla", "math")) & (call.kind == Kind.ATTENTION)
+    kept = np.isin(_attention_kernel(call, device, attention), ("vanilla", "math")) & (call.kind == Kind.ATTENTION)
     return np.where(kept, dims[:, 0] * dims[:, 1] * dims[:, 2] * dims[:, 3] * dtype_bytes(call), 0)
 
 
 __all__ = ["Floats", "attention_bytes", "attention_kernel", "convolution_bytes", "dequantization_bytes", "dtype_bytes",
-           "normalization_bytes", "operator_bytes", "operator_pieces", "score_matrix_bytes", "uses_channels_last_kernels"]  # fmt: skip
+           "normalization_bytes", "operator_bytes", "operator_pieces", "score_matrix_bytes", "sixteen_bit",
+           "uses_channels_last_kernels"]  # fmt: skip
