@@ -6,9 +6,12 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before the hub is imported: models that are not bundled are no part of the report, on line or off
 
 from planner.validate import Report, RowResult, Statistics, plot, read_table, summarize, validate
 from planner.validate.predict import predictor
