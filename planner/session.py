@@ -87,7 +87,7 @@ class Session:
     # -- applying and checking --------------------------------------------------------------------------------------
 
     def settle(self, plan: Plan, pipe: Any, say: Progress = silent, verify: bool = True) -> Plan:
-        """Put the plan, or what must replace it, in force, and check it with one run. Any failure: the pipeline is as it was.
+        """Put the plan, or what must replace it, in force, and check it with real calls. Any failure: the pipeline is as it was.
 
         Raises:
             NoFeasiblePlan: what was tried did not hold, and nothing else fits.
@@ -145,7 +145,7 @@ class Session:
             put_in_force(plan, pipe, session=self)
             if not verify:
                 return None
-            what = "compiling, then checking with one run" if compiles(plan) else "checking with one run"
+            what = "compiling, then checking with real calls" if compiles(plan) else "checking with real calls"
             say(f"{what} and what it takes to measure it (about {format_seconds(check_seconds(plan, pipe, self.inputs))})")
             seen = check(plan, pipe, self.inputs, compared)
         except Exception as error:

@@ -1,4 +1,4 @@
-"""Checking a plan that is in force: one run in the state of the real one, its counters, and its pictures."""
+"""Checking a plan that is in force: calls in the state of the real ones, their counters and pictures."""
 
 from __future__ import annotations
 
@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 WHOLE_CALL_SECONDS = 20.0
 """Calls predicted to be shorter than this are checked whole; longer ones with fewer steps, extrapolated."""
 SHORT_STEPS = 3
+TIMED_RUNS, TIMED_SECONDS = 3, 6.0
+"""Timed runs whose median counts, and how long they may take: of longer calls there is one. A single call of two seconds varies by
+10 % from one to the next on a shared machine (two virtual cores, benchmarks/learning.py)."""
 SLOWER = 1.15
 """A plan that takes this many times as long as the untouched pipeline, twice in a row, is slower beyond a busy machine's noise."""
 OUTPUT_TOLERANCE: dict[Quality, float] = {"exact": 0.02, "lossless": 0.12, "lossy": 0.35}
@@ -83,16 +86,22 @@ def _warmups(plan: Plan) -> int:
     return 1 if compiles(plan) or plan.device.kind != "cpu" else 0
 
 
+def _timed_runs(predicted_seconds: float) -> int:
+    """An odd number, so that the median is a run."""
+    return TIMED_RUNS if predicted_seconds * TIMED_RUNS <= TIMED_SECONDS else 1
+
+
 def check_seconds(plan: Plan, pipe: Any, inputs: Mapping[str, Any]) -> float:
     """How long :func:`check` is predicted to take: its runs, and setting up where the first of them compiles."""
     parts = int(plan.settings.get("batch_split", 1))
     left_out = short_call(plan, pipe, inputs).left_out * (plan.predicted.step_seconds or 0.0) * parts
-    runs = _warmups(plan) + (1 if plan.device.kind == "cpu" else 0) + 1
-    return runs * max(plan.predicted.latency_seconds - left_out, 0.0) + (plan.predicted.setup_seconds if compiles(plan) else 0.0)
+    each = max(plan.predicted.latency_seconds - left_out, 0.0)
+    runs = _warmups(plan) + (1 if plan.device.kind == "cpu" else 0) + _timed_runs(each)
+    return runs * each + (plan.predicted.setup_seconds if compiles(plan) else 0.0)
 
 
 def check(plan: Plan, pipe: Any, inputs: Mapping[str, Any], compared: Reference | None = None) -> Check:
-    """Run the applied plan once and compare. Whatever the pipeline raises comes out, an OOM among it.
+    """Run the applied plan and compare. Whatever the pipeline raises comes out, an OOM among it.
 
     ``measured`` times are of the whole call: steps that were left out are added at the measured pace.
     """
@@ -105,7 +114,8 @@ def check(plan: Plan, pipe: Any, inputs: Mapping[str, Any], compared: Reference 
     def once() -> Any:
         return run_seeded(pipe, short.inputs, lambda given: call_split(plan, pipe, given))
 
-    output, seen = measure_call(pipe, once, device, warmup=warm)
+    predicted = plan.predicted.latency_seconds
+    output, seen = measure_call(pipe, once, device, warmup=warm, repetitions=_timed_runs(predicted) if not short.left_out else 1)
     slower = bool(plan.changes) and _slower(seen.latency_seconds, compared)
     if slower:  # once more: another process may have had the processor
         _, again = measure_call(pipe, once, device, counters=False)
