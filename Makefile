@@ -33,12 +33,12 @@ COMPILE := $(BIN)/python -m compileall -q planner
 
 $(VENV)/.installed: $(SOURCES) | $(VENV)/.created
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e .
-	$(COMPILE)
+	@$(COMPILE)
 	@touch $@
 
 $(VENV)/.installed-test: $(SOURCES) | $(VENV)/.created
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[test]'
-	$(COMPILE)
+	@$(COMPILE)
 	@touch $@ $(VENV)/.installed
 
 demo: $(VENV)/.installed

@@ -612,7 +612,8 @@ def test_every_long_stage_says_what_it_does_and_how_long_it_takes(sim: Any, fami
     told: list[str] = []
     plan = planned(family, 1 << 30, fix={"dtype": "bf16"}, progress=told.append)
     plan.undo(prepared(family)[0])
-    stages = ["tracing the pipeline on meta", "searching", "running the pipeline as it is", "applying dtype=bf16", "checking with real calls"]
+    stages = ["tracing the pipeline on meta", "searching", "running the pipeline as it is", "applying dtype=bf16",
+              "checking with real calls"]  # fmt: skip
     assert [next(line for line in told if line.startswith(stage)) for stage in stages] == told
     assert all(re.search(r"\((some seconds|.*about [\d.]+ .?s)\)$", line) for line in told), told
 
