@@ -15,6 +15,7 @@ from transformers import DynamicCache
 
 from planner.dryrun.components import components
 from planner.dryrun.facts import own_tensors, tensor_bytes
+from planner.dryrun.recorder import ENDLESS_PASSES
 from planner.dryrun.run import DryRun
 from planner.dryrun.session import Session
 from planner.dryrun.trace import VaeMode
@@ -368,6 +369,44 @@ def test_what_meta_cannot_do_falls_back_and_is_named(kind: str, word: str) -> No
     assert any(word in text for text in trace.fallbacks), trace.fallbacks
     assert trace.calls[0].total_flops == 2 * 4 * 2048 * 2048
     assert all(parameter.device.type == "cpu" for parameter in pipe.unet.parameters())
+
+
+class Writes(nn.Module):
+    """Goes on until what it computed says stop, as language models generate; its part asks about values as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.part = Doubts()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        while not (x == 0).all():
+            x = self.part(x)
+        return x
+
+
+class Doubts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(256, 256)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.linear(x)
+        for _ in range(2):  # more often than the loop around it, and yet no loop without an end
+            y = y[:1] if (y > 1e9).any() else y
+        return y
+
+
+def test_a_loop_until_computed_values_say_so_ends() -> None:
+    _, pipe = family("ddpm")
+
+    class Uses(type(pipe)):
+        def __call__(self) -> Any:
+            return (self.unet(torch.ones(4, 256)),)
+
+    pipe.unet, pipe.__class__ = Writes(), Uses
+    (call,) = DryRun(pipe, Workload(), {}).trace().calls
+    assert f"loop until computed values say so: ended after {ENDLESS_PASSES} passes" in call.fallbacks
+    assert call.total_flops == (ENDLESS_PASSES - 1) * 2 * 4 * 256 * 256
 
 
 class Remembers(nn.Module):

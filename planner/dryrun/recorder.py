@@ -8,8 +8,11 @@ a ``meta`` tensor is lifted to ``meta``. An operation that has no ``meta`` kerne
 from __future__ import annotations
 
 import math
+import sys
 import weakref
+from collections import Counter
 from collections.abc import Callable, Sequence
+from types import FrameType
 from typing import Any
 
 import torch
@@ -45,6 +48,10 @@ TABLE_ELEMENTS = 1 << 14
 VALUE_ELEMENTS = 1 << 22
 """Within a component, larger tensors of whatever dtype lose their values: a mask of all pairs of a video's pixels."""
 ZERO_FALLBACK_LIMIT_BYTES = 1 << 30
+ENDLESS_PASSES = 512
+"""Passes after which a loop that ends on computed values is ended: as many tokens as diffusers' pipelines let prompt rewriters write
+(LongCat-Image, FLUX.2)."""
+_NOT_THE_MODELS = ("/torch/", "/planner/dryrun/")
 _OVERWRITING = {"copy_", "fill_", "zero_", "normal_", "uniform_"}
 _INDEXING = {"index", "index_put_", "index_put", "_index_put_impl_"}
 _NO_META_WORDS = ("meta", "nonzero", "scalar")
@@ -74,6 +81,8 @@ class Frame:
         self.shapes: dict[str, int] = {}
         self.modules: dict[str, int] = {"": 0}
         self.folds: dict[Any, Fold] = {}
+        self.asked: Counter[Any] = Counter()
+        """By line of code, how often it branched on computed values."""
         self.open = True
 
     def allocate(self, size: int) -> int:
@@ -311,9 +320,13 @@ class Recorder(TorchDispatchMode):  # type: ignore[misc]
         size = sum(t.numel() * t.element_size() for t in tensors if t.device.type == "meta")
         if size > ZERO_FALLBACK_LIMIT_BYTES:
             raise RuntimeError(f"{func} has no meta kernel and its arguments ({size} bytes) are too large to try on zeros")
-        if self.truth and func._schema.name == "aten::_local_scalar_dense" and tensors[0].dtype is torch.bool:
-            self.frame.fallbacks.add("condition on computed values: taken as true")
-            return True
+        if func._schema.name == "aten::_local_scalar_dense" and tensors[0].dtype is torch.bool:
+            if self.truth:
+                self.frame.fallbacks.add("condition on computed values: taken as true")
+                return True
+            if self._goes_on_for_ever():
+                self.frame.fallbacks.add(f"loop until computed values say so: ended after {ENDLESS_PASSES} passes")
+                return True
         self.frame.fallbacks.add(f"{func._schema.name[6:]}: {why}, run on zeros")
         table = {id(t): torch.zeros(t.shape, dtype=t.dtype) for t in tensors if t.device.type == "meta"}
         real_args, real_kwargs = swap(args, table), swap(kwargs, table)
@@ -322,6 +335,19 @@ class Recorder(TorchDispatchMode):  # type: ignore[misc]
         out = func(*real_args, **real_kwargs)
         self._note(func, args, kwargs, tensors, out)
         return out
+
+    def _goes_on_for_ever(self) -> bool:
+        """Whether a loop of the component's own code, not of a part, asks the same over and over: on zeros it would never end."""
+        if len(self.paths) != 1:
+            return False
+        frame: FrameType | None = sys._getframe(2)
+        while frame is not None and any(part in frame.f_code.co_filename for part in _NOT_THE_MODELS):
+            frame = frame.f_back
+        if frame is None:
+            return False
+        place = (frame.f_code, frame.f_lineno)
+        self.frame.asked[place] += 1
+        return self.frame.asked[place] % ENDLESS_PASSES == 0
 
     # -- repeated work --------------------------------------------------------------------------------------------------
 
