@@ -177,7 +177,8 @@ class Trial:
     """One pipeline on one device, and what happens to it under faults."""
 
     def __init__(self, family: str, kind: str) -> None:
-        self.pipe, self.kind, self.chance = prepared(family)[0], kind, Random(SEED)
+        # A pipeline of its own: graphs that other tests left on a shared one would keep its tensors from being swapped.
+        self.pipe, self.kind, self.chance = prepared.__wrapped__(family)[0], kind, Random(SEED)
         self.known: set[CodeType] = set()
 
     def prepare(self, settings: Settings) -> World:
