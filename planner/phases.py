@@ -224,11 +224,10 @@ class Pricing:
             costs = [model.phase_cost(trace, index, recipe, placed) for index in self._calls_of(trace, name)]
             if not costs:
                 return NOTHING
-            blas = model.coefficients.blas_workspace_bytes if model.device.kind == "cuda" else 0
             setup = sum(model.compile_seconds(trace, cost.call, cost.cost.time, recipe) for cost in costs)
             kept = max((max(cost.cost.activations_bytes + cost.cost.workspace_bytes, 1) for cost in costs if cost.in_graph), default=0)
             running = _running(recipe.calls, sum(cost.compute_seconds for cost in costs), sum(cost.transfer_seconds for cost in costs))
-            return Demand(max(cost.peak_bytes for cost in costs) + blas, running, nanoseconds(setup), kept)
+            return Demand(max(cost.peak_bytes for cost in costs) + model.blas_bytes, running, nanoseconds(setup), kept)
 
         return price
 
@@ -246,7 +245,6 @@ class Pricing:
         placing = self._ordered({*self._trace_axes, *self._placement_axes})
         vae_axes = tuple(axis for axis in self.recipes.changing(VAE) if axis in axes)
         needed = (*self._trace_axes, *weights)
-        blas = self.model.coefficients.blas_workspace_bytes if self.model.device.kind == "cuda" else 0
         bests: dict[object, _Least | None] = {}
         places: dict[object, tuple[list[int], list[int], float]] = {}
 
@@ -268,7 +266,7 @@ class Pricing:
                 bases, moving, copied = places[where]
                 peak = max(map(sum, zip(bases, map(max, moving, least.running_bytes), strict=True)))
             costs = [(_running(least.calls, each.compute_seconds, copied), nanoseconds(each.setup_seconds)) for each in least.front]
-            return Demand(peak + blas, *min(costs, key=self._weigh))
+            return Demand(peak + self.model.blas_bytes, *min(costs, key=self._weigh))
 
         return floor
 

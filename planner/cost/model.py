@@ -267,7 +267,7 @@ class CostModel:
         """What belongs to no component. Reads only the trace's and the offload's recipe fields, and ``steps_factor``."""
         weights = component_bytes(self.traces.facts, trace, recipe, self.known)
         return AroundCost(
-            self._glue_peak(trace, placed), self._blas(trace), self._glue_seconds(trace, self._held(trace)[2], recipe),
+            self._glue_peak(trace, placed), self.blas_bytes, self._glue_seconds(trace, self._held(trace)[2], recipe),
             trace.to_host_bytes / self.coefficients.picture_bytes_per_second, self._placing_seconds(recipe, weights),
             self._setup_peak(recipe, weights, self._tuning_bytes(trace, recipe)))  # fmt: skip
 
@@ -414,7 +414,9 @@ class CostModel:
         return max((phase.cost.activations_bytes + phase.cost.workspace_bytes for phase in phases
                     if self._local(trace, phase.call, recipe).cuda_graphs), default=0)  # fmt: skip
 
-    def _blas(self, trace: PipelineTrace) -> int:
+    @property
+    def blas_bytes(self) -> int:
+        """cuBLAS's workspace, which stays from the first product on."""
         return self.coefficients.blas_workspace_bytes if self.device.kind == "cuda" else 0
 
     def _glue_seconds(self, trace: PipelineTrace, operations: int, recipe: Recipe) -> float:
